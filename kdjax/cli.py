@@ -1,0 +1,208 @@
+"""The ``kdjax`` command: one verb is one function, no logic.
+
+A verb's docstring is its help text.
+"""
+
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from absl import flags
+from ml_collections import ConfigDict
+
+from kdjax import config as configs
+from kdjax.errors import UserError, unknown
+
+
+class Call(NamedTuple):
+    """A command line, read: the resolved config, where the run lives, bare words, and the verb's own flags."""
+
+    config: ConfigDict
+    workdir: Path
+    words: list[str]
+    flags: flags.FlagValues
+
+
+def distill(call: Call) -> None:
+    """Train the teacher, the same student alone, and the distilled student; print one table; write a report.
+
+    Example:
+      kdjax distill
+      kdjax distill --config configs/fashion_mnist.py --config.data.data_dir=DATA --config.seed=1 --workdir runs/fashion
+    """
+    from rich.console import Console
+
+    from kdjax import results
+    from kdjax.recipes import distill as recipe
+
+    found = recipe.run(call.config, call.workdir)
+    console = Console()
+    console.print(results.table(found))
+    console.print(f"report: {call.workdir / 'report.html'}", soft_wrap=True)
+
+
+def train(call: Call) -> None:
+    """Train one arm: teacher, student_alone or student_distilled (from the workdir's teacher, or from teacher.init).
+
+    Example:
+      kdjax train --arm teacher --workdir runs/teacher
+      kdjax train --arm student_distilled --config.teacher.init=runs/teacher --workdir runs/student
+    """
+    from kdjax.recipes import distill as recipe
+
+    done = recipe.run_one(call.config, call.workdir, call.flags.arm)
+    print(f"{call.flags.arm}: {done.steps} steps done; checkpoints in {call.workdir / 'checkpoints' / call.flags.arm}")
+
+
+def evaluate(call: Call) -> None:
+    """Score the arms of a finished workdir again, and rewrite its results and report; the config is the workdir's own.
+
+    Example:
+      kdjax evaluate --workdir runs/digits
+    """
+    from rich.console import Console
+
+    from kdjax import results
+    from kdjax.recipes import distill as recipe
+
+    if not call.flags.workdir:
+        raise UserError("say which run: kdjax evaluate --workdir FOLDER.")
+    found = recipe.evaluate(recipe.saved_config(call.workdir), call.workdir)
+    Console().print(results.table(found))
+
+
+def check(call: Call) -> None:
+    """Test a config before spending device time on it: identities of the loss, shapes, teacher, memory and FLOPs.
+
+    Example:
+      kdjax check --config configs/cifar100.py:res56_res20 --config.data.data_dir=DATA
+    """
+    from kdjax.recipes import check as recipe
+
+    recipe.run(call.config, json_output=call.flags.json)
+
+
+def bench(call: Call) -> None:
+    """Measure: `step` (the compiled step against its parts), `seeds` (all arms over several seeds), `omitted` (a class
+    that the student never saw).
+
+    Example:
+      kdjax bench step --json
+      kdjax bench seeds --seeds 5 --config configs/digits.py:labels10
+    """
+    from kdjax.recipes import bench as recipe
+
+    names = recipe.BENCHMARKS
+    if len(call.words) != 1 or call.words[0] not in names:
+        raise unknown("benchmark", " ".join(call.words), names)
+    recipe.run(call.words[0], call.config, workdir=call.workdir, seeds=call.flags.seeds, json_output=call.flags.json)
+
+
+VERBS: dict[str, Callable[[Any], None]] = {
+    "distill": distill,
+    "train": train,
+    "evaluate": evaluate,
+    "check": check,
+    "bench": bench,
+}
+HELP = """kdjax: knowledge distillation in JAX
+
+  kdjax VERB [--config FILE[:VARIANT]] [--config.key=value ...] [--workdir FOLDER]
+
+verbs:
+{verbs}
+
+Without --config, a small student is distilled on scikit-learn's digits. kdjax VERB --help shows an example.
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs the command and exits: 0 done, 2 bad input (one sentence), 128 + n stopped by signal n with the state saved."""
+    sys.exit(run(sys.argv[1:] if argv is None else argv))
+
+
+def run(argv: Sequence[str]) -> int:
+    """Runs the command and returns the exit code."""
+    verb = argv[0] if argv else "--help"
+    try:
+        if verb in ("-h", "--help", "help"):
+            print(HELP.format(verbs="\n".join(f"  {name:9} {_summary(function)}" for name, function in VERBS.items())))
+            return 0
+        if verb not in VERBS:
+            raise unknown("verb", verb, VERBS)
+        if {"-h", "--help"} & set(argv[1:]):
+            print(f"kdjax {verb}\n\n{_dedent(VERBS[verb].__doc__)}\n\nflags:\n{_flags(verb).main_module_help()}")
+            return 0
+        VERBS[verb](_parse(verb, argv[1:]))
+    except UserError as error:
+        if "--verbose" in argv:
+            traceback.print_exc()
+        print(f"kdjax: {error}", file=sys.stderr)
+        return 2
+    except Exception as error:
+        # Imported late: kdjax.train imports jax, which a help text does not need.
+        from kdjax.train import Interrupted
+
+        if not isinstance(error, Interrupted):
+            raise
+        print(f"kdjax: {error} Run the same command to go on.", file=sys.stderr)
+        return 128 + error.signal
+    return 0
+
+
+def _flags(verb: str) -> flags.FlagValues:
+    values = flags.FlagValues()
+    owner = {"module_name": "kdjax", "flag_values": values}
+    flags.DEFINE_string("workdir", None, "where the run lives; a run that is there already is resumed", **owner)
+    flags.DEFINE_bool("verbose", False, "show the traceback of an error", **owner)
+    if verb == "train":
+        flags.DEFINE_string("arm", "teacher", "which arm to train", **owner)
+    if verb in ("check", "bench"):
+        flags.DEFINE_bool("json", False, "print one JSON object", **owner)
+    if verb == "bench":
+        flags.DEFINE_integer("seeds", 5, "how many seeds", lower_bound=1, **owner)
+    return values
+
+
+def _parse(verb: str, argv: Sequence[str]) -> Call:
+    from ml_collections import config_flags
+
+    values = _flags(verb)
+    overrides = [word for word in argv if word.startswith("--config.")]
+    rest = ["kdjax", *(word for word in argv if word not in overrides)]
+    if any(word.partition("=")[0] == "--config" for word in rest):
+        config_flags.DEFINE_config_file("config", flag_values=values, lock_config=False, sys_argv=rest)
+    try:
+        words = values(rest)[1:]
+        base = values.config.copy_and_resolve_references() if "config" in values else configs.default()
+    except UserError:
+        raise
+    except flags.Error as error:
+        raise UserError(f"{_first_line(error)}: kdjax {verb} --help lists the flags.") from error
+    except FileNotFoundError as error:
+        raise UserError(f"no config file {error.filename}: give the path of a file with get_config().") from error
+    except Exception as error:  # whatever the user's config file raises
+        raise UserError(f"--config: the file raised {type(error).__name__}: {_first_line(error)}.") from error
+    if words and verb != "bench":
+        raise UserError(f"unexpected {words[0]!r}: values are given as --config.key=value; see kdjax {verb} --help.")
+    config = configs.resolve(configs.override(base, overrides))
+    # A folder of this config's own, so that the same command finds its run again.
+    own = f"{config.data.name.replace(':', '-')}-{configs.sha256(config)[:8]}"
+    return Call(config, Path(values.workdir or os.path.join("runs", own)), words, values)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+
+
+def _summary(function: Callable) -> str:
+    return (function.__doc__ or "").strip().splitlines()[0]
+
+
+def _dedent(text: str | None) -> str:
+    import inspect
+
+    return inspect.cleandoc(text or "")

@@ -1,0 +1,227 @@
+"""The configuration: every key with its default. ``default()`` is the digits experiment; a config file changes what differs."""
+
+import ast
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from kdjax import objective
+from kdjax.errors import UserError, unknown
+
+# Subtrees in which a user may add keys; what is put there is checked by the code that reads it.
+_OPEN = ("data.options", "teacher.options", "student.options", "more_teachers", "stages", "mesh")
+# What does not change the result, and so may change when a run is resumed.
+_FREE = ("checkpoint", "log")
+
+
+def default() -> ConfigDict:
+    """A small convolutional student of a larger teacher on scikit-learn's digits: about a minute on two CPU cores."""
+    config = ConfigDict(type_safe=False)
+    config.seed = 0
+    config.data = {
+        "name": "digits",  # digits, synthetic, or tfds:NAME
+        "data_dir": "",  # where tensorflow-datasets finds prepared data; empty: its own default
+        "options": {},  # of the source, such as shape and classes of the synthetic one
+        "batch_size": 64,  # over all devices
+        "eval_batch_size": 256,
+        "labels": 1.0,  # share of the training examples whose labels the student may see
+        "omit_class": -1,  # a class whose examples the student never sees (-1: none)
+        "augment": {
+            "crop_padding": 0,  # pixels
+            "flip": False,
+            "randaugment": {"layers": 0, "magnitude": 9.0},
+            "random_resized_crop": 0.0,  # smallest share of the area; 0: off
+            "mixup": 0.0,  # alpha of the Beta distribution; 0: off
+            "cutmix": 0.0,
+        },
+    }
+    config.teacher = {
+        "name": "cnn",
+        "options": {"widths": (32, 64, 128), "strides": (1, 2, 2)},
+        "init": "",  # a kdjax workdir or checkpoint folder; empty: trained in this run
+        "weight": 1.0,  # among several teachers
+        "combine": "probabilities",  # or logits
+        "labels": 1.0,
+        "epochs": 30,
+        "steps": 0,  # if not 0, instead of epochs
+        "optimizer": _optimizer(learning_rate=_cosine(2e-3)),
+        "losses": {"ce": {"weight": 1.0, "label_smoothing": 0.0}},
+    }
+    config.more_teachers = {}  # name -> {name, options, init, weight}
+    config.student = {"name": "cnn", "options": {"widths": (8, 16, 16), "strides": (1, 2, 2)}}
+    config.losses = objective.default_losses()  # every term, switched off
+    config.losses.kl.update(weight=0.9, temperature=4.0)
+    config.losses.ce.update(weight=0.1)
+    config.control = {"losses": {"ce": {"weight": 1.0, "label_smoothing": 0.0}}}  # of the same student alone
+    # name -> {percent|epochs|steps, losses: what differs from config.losses}; run in the order of their names.
+    config.stages = {}
+    config.optimizer = _optimizer(learning_rate=_cosine(4e-3))
+    config.train = {
+        "epochs": 60,
+        "steps": 0,  # if not 0, instead of epochs
+        "accumulate": 1,  # parts of a batch that are walked over one after the other
+        "dtype": "float32",  # of the computation; parameters are float32 always
+        "ema": 0.0,  # decay of the student's moving average; 0: none
+        "stop_on_nan": True,
+    }
+    config.mesh = {"data": -1, "fsdp": 1}  # -1: all devices that are left
+    config.sharding = {"student": ((".*", "fsdp"),), "teacher": ((".*", "fsdp"),)}
+    config.checkpoint = {"every": 200, "keep": 2, "keep_best": True}
+    config.log = {"every": 20, "eval_every": 100, "tensorboard": False}
+    return config
+
+
+def _optimizer(**changes: Any) -> dict[str, Any]:
+    return {
+        "name": "adamw",
+        "learning_rate": 1e-3,
+        "weight_decay": None,
+        "clip_norm": None,  # bound of the global norm
+        "momentum": None,
+        "nesterov": None,
+        "b1": None,
+        "b2": None,
+        "eps": None,
+        "decay_mask": None,  # regexes of the parameters that decay; None: those with 2 dimensions or more
+        "freeze": None,  # regexes of parameters that stay as they are
+        **changes,
+    }
+
+
+def _cosine(peak: float, warmup_percent: float = 5.0) -> dict[str, Any]:
+    return {"schedule": "cosine", "init": peak, "end": 0.0, "warmup_percent": warmup_percent}
+
+
+def resolve(config: ConfigDict) -> ConfigDict:
+    """A locked copy of a config, checked against ``default()`` for keys and types.
+
+    Raises:
+      UserError: an unknown key (names the nearest) or a value of the wrong type.
+    """
+    config = ConfigDict(config.to_dict(), type_safe=False)
+    _check(config.to_dict(), default().to_dict(), "")
+    for name, stage in config.stages.items():
+        _check(stage.to_dict().get("losses", {}), default().losses.to_dict(), f"stages.{name}.losses.")
+    for name, extra in config.more_teachers.items():
+        _check(extra.to_dict(), {key: default().teacher.to_dict()[key] for key in MEMBER_KEYS}, f"more_teachers.{name}.")
+    return config.lock()
+
+
+MEMBER_KEYS = ("name", "options", "init", "weight")
+
+
+def override(config: ConfigDict, words: Sequence[str]) -> ConfigDict:
+    """A copy of a config with ``--config.key=value`` words applied.
+
+    Values are Python literals (``3``, ``1e-3``, ``(8,16)``, ``None``, ``{'schedule': ...}``) or plain strings. Unlike
+    ml_collections' own flags this may put a number in the place of a schedule, a schedule in the place of a number, and a
+    value where the default is None. Naming another model without options clears the options of the one before.
+
+    Raises:
+      UserError: an unknown key (names the nearest), or a word without a value.
+    """
+    changed = ConfigDict(config.to_dict(), type_safe=False)
+    named = {word.removeprefix("--config.").partition("=")[0] for word in words}
+    for part in ("teacher", "student"):
+        if f"{part}.name" in named and not any(key.startswith(f"{part}.options") for key in named):
+            changed[part].options = {}
+    for word in words:
+        key, equals, text = word.removeprefix("--config.").partition("=")
+        if not equals:
+            raise UserError(f"{word} has no value: write {word}=VALUE.")
+        *parents, last = key.split(".")
+        place: Any = changed
+        for number, parent in enumerate(parents):
+            if not isinstance(place, ConfigDict) or parent not in place:
+                raise unknown_key(".".join(parents[: number + 1]), flat_keys(changed.to_dict()))
+            place = place[parent]
+        if not isinstance(place, ConfigDict) or (last not in place and ".".join(parents) not in _OPEN):
+            raise unknown_key(key, flat_keys(changed.to_dict()))
+        place[last] = _literal(text, place.get(last))
+    return changed
+
+
+def _literal(text: str, before: Any) -> Any:
+    if isinstance(before, str):
+        return text
+    if text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text  # resolve says what it should have been
+
+
+def sha256(config: ConfigDict) -> str:
+    """The identity of an experiment: a hash of all that can change its result."""
+    kept = {key: value for key, value in config.to_dict().items() if key not in _FREE}
+    return hashlib.sha256(to_json(kept).encode()).hexdigest()
+
+
+def to_json(values: Mapping[str, Any]) -> str:
+    """A config (or a part of it) as JSON, in the order of its keys (ConfigDict sorts them)."""
+    return json.dumps(values, indent=2)
+
+
+def differences(before: ConfigDict, after: ConfigDict) -> list[str]:
+    """The keys in which two configs differ, of those that can change a result."""
+    was, now = ({k: v for k, v in json.loads(to_json(c.to_dict())).items() if k not in _FREE} for c in (before, after))
+    was, now = flat_keys(was), flat_keys(now)
+    is_leaf = lambda key: not isinstance(was.get(key), dict) or not isinstance(now.get(key), dict)
+    return sorted(key for key in {*was, *now} if (key in was) != (key in now) or (was[key] != now[key] and is_leaf(key)))
+
+
+def flat_keys(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """``{"a": {"b": 1}}`` as ``{"a": {...}, "a.b": 1}``: every key that can be named on the command line."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat[prefix + key] = value
+        if isinstance(value, Mapping):
+            flat |= flat_keys(value, f"{prefix}{key}.")
+    return flat
+
+
+def unknown_key(key: str, valid: Mapping[str, Any]) -> UserError:
+    """The error for a key that no config has, with the nearest right one."""
+    parent = key.rpartition(".")[0]
+    siblings = [name for name in valid if name.rpartition(".")[0] == parent] or list(valid)
+    return unknown("config key", key, siblings)
+
+
+def _check(found: Mapping[str, Any], expected: Mapping[str, Any], prefix: str) -> None:
+    for key, value in found.items():
+        path = prefix + key
+        if key not in expected:
+            raise unknown_key(path, {prefix + name: None for name in expected})
+        if path in _OPEN or (prefix.startswith("more_teachers.") and key == "options"):
+            _require(isinstance(value, Mapping), path, "a mapping of options", value)
+        elif _is_schedule(value) and isinstance(expected[key], int | float | Mapping):
+            continue  # schedules.make checks it
+        elif isinstance(expected[key], Mapping) and not _is_schedule(expected[key]):
+            _require(isinstance(value, Mapping), path, "a mapping", value)
+            _check(value, expected[key], f"{path}.")
+        else:
+            _check_leaf(value, expected[key], path)
+
+
+def _is_schedule(value: Any) -> bool:
+    return isinstance(value, Mapping) and "schedule" in value
+
+
+def _check_leaf(value: Any, expected: Any, path: str) -> None:
+    if expected is None:
+        return  # an optimiser option: optimizer.make checks it
+    if _is_schedule(expected) or isinstance(expected, float):
+        _require(isinstance(value, int | float) and not isinstance(value, bool), path, "a number", value)
+    elif isinstance(expected, tuple):
+        _require(isinstance(value, tuple | list), path, "a list", value)
+    else:
+        _require(type(value) is type(expected), path, type(expected).__name__, value)
+
+
+def _require(holds: bool, path: str, wanted: str, value: Any) -> None:
+    if not holds:
+        raise UserError(f"config.{path} is {value!r} ({type(value).__name__}) and should be {wanted}.")

@@ -1,0 +1,297 @@
+"""Data sets in memory: scikit-learn's digits, synthetic images, image sets of TFDS, the user's own arrays."""
+
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from kdjax.errors import UserError, unknown
+
+UNLABELLED = -1
+_TFDS = "tfds:"
+_CHUNK = 1024  # examples that are worked on at once, so that no second copy of a data set is ever in memory
+
+
+class Split(NamedTuple):
+    """Examples; the id of an example is its index here."""
+
+    inputs: NDArray[Any]  # [n, h, w, c] uint8 or float32
+    labels: NDArray[np.int32]  # [n], -1: unlabelled
+
+
+class Dataset(NamedTuple):
+    """A data set for classification.
+
+    ``mean`` and ``std`` are those of ``train``, per channel (the last axis), with uint8 inputs scaled to [0, 1] and
+    float inputs as they are.
+    """
+
+    name: str
+    train: Split
+    test: Split
+    class_names: tuple[str, ...]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+def load(config_data: Mapping[str, Any]) -> Dataset:
+    """Loads the data set that ``name`` says: one of ``SOURCES``, or ``tfds:NAME``.
+
+    Args:
+      config_data: ``config.data``: ``name``, ``data_dir`` (of TFDS; empty: its default) and ``options`` of the source.
+
+    Raises:
+      UserError: an unknown name or option, or a TFDS data set that is not prepared.
+    """
+    name = config_data["name"]
+    options = dict(config_data.get("options") or {})
+    if name.startswith(_TFDS):
+        if options:
+            raise UserError(f"data.options has {', '.join(options)}, but {name} takes no options: remove them.")
+        return _tfds(name, config_data.get("data_dir") or None)
+    if name not in SOURCES:
+        raise unknown("data set", name, [*SOURCES, f"{_TFDS}NAME"])
+    source = SOURCES[name]
+    valid = source.__kwdefaults__ or {}
+    for option in options:
+        if option not in valid:
+            raise (
+                unknown(f"option of the data set {name}", option, valid)
+                if valid
+                else UserError(f"data.options.{option}: the data set {name} takes no options, remove it.")
+            )
+    return source(**options)
+
+
+def from_arrays(
+    train: tuple[ArrayLike, ArrayLike],
+    test: tuple[ArrayLike, ArrayLike],
+    class_names: Sequence[str] | None = None,
+    *,
+    name: str = "arrays",
+) -> Dataset:
+    """A data set of the user's own arrays.
+
+    Args:
+      train: (inputs [n, h, w, c], labels [n]); uint8 inputs are not copied, floating ones become float32. Other shapes
+        than images work with models that take them. Label -1: unlabelled.
+      test: the same, for evaluation.
+      class_names: one name per class; numbers up to the largest label where not given.
+      name: what reports call the data set.
+
+    Raises:
+      UserError: whatever ``validate`` finds.
+    """
+    splits = [Split(_as_inputs(x, where), _as_labels(y, where)) for where, (x, y) in (("train", train), ("test", test))]
+    if class_names is None:
+        highest = max((int(split.labels.max()) for split in splits if split.labels.size), default=-1)
+        class_names = [str(label) for label in range(highest + 1)]
+    dataset = _with_statistics(name, splits[0], splits[1], tuple(class_names))
+    validate(dataset)
+    return dataset
+
+
+def validate(dataset: Dataset) -> None:
+    """Refuses what training would choke on.
+
+    Raises:
+      UserError: an empty split, shapes that do not fit together, a label out of range, or NaN or Inf in the inputs.
+    """
+    classes = len(dataset.class_names)
+    if classes < 2:
+        raise UserError(f"data set {dataset.name} has {classes} class(es): classification needs at least 2.")
+    for where, split in (("train", dataset.train), ("test", dataset.test)):
+        inputs, labels = split
+        if not len(inputs):
+            raise UserError(f"the {where} split of {dataset.name} is empty: it needs at least one example.")
+        if inputs.ndim < 2 or 0 in inputs.shape:
+            raise UserError(f"inputs of {dataset.name}'s {where} split have shape {inputs.shape}, not [n, h, w, c].")
+        if inputs.dtype not in (np.uint8, np.float32):
+            raise UserError(f"inputs of {dataset.name}'s {where} split are {inputs.dtype}, not uint8 or float32.")
+        if labels.shape != inputs.shape[:1]:
+            raise UserError(
+                f"the {where} split of {dataset.name} has {len(inputs)} inputs, but labels of shape {labels.shape}: "
+                "give one label per example."
+            )
+        wrong = np.flatnonzero((labels < UNLABELLED) | (labels >= classes))
+        if wrong.size:
+            raise UserError(
+                f"label {labels[wrong[0]]} of example {wrong[0]} in {dataset.name}'s {where} split is out of range: "
+                f"{classes} classes are numbered 0 to {classes - 1}, and {UNLABELLED} means unlabelled."
+            )
+        _check_finite(inputs, dataset.name, where)
+    shapes = dataset.train.inputs.shape[1:], dataset.test.inputs.shape[1:]
+    if shapes[0] != shapes[1]:
+        raise UserError(f"{dataset.name} has train inputs of shape {shapes[0]} and test inputs of shape {shapes[1]}.")
+
+
+def hide_labels(labels: NDArray[np.int32], share: float, seed: int) -> NDArray[np.int32]:
+    """Keeps ``share`` of each class's labels (rounded, at least one of each class) and makes the rest -1.
+
+    With the same seed, a smaller share keeps a subset of what a larger one keeps. A share of 0 hides all.
+
+    Args:
+      labels: [n] int32.
+      share: in [0, 1].
+      seed: chooses which; the same arguments always give the same result.
+    """
+    if not 0.0 <= share <= 1.0:
+        raise UserError(f"a share of labels is between 0 and 1, not {share}.")
+    hidden = np.full_like(labels, UNLABELLED)
+    if share == 0.0:
+        return hidden
+    for label in np.unique(labels[labels != UNLABELLED]):
+        members = np.flatnonzero(labels == label)
+        order = np.random.default_rng([seed, int(label)]).permutation(members)
+        hidden[order[: max(round(share * len(members)), 1)]] = label
+    return hidden
+
+
+def _digits() -> Dataset:
+    """The 1,797 scans of 8 x 8 pixels of scikit-learn; 4/5 of each class for training, the same for all seeds."""
+    from sklearn.datasets import load_digits  # takes a second to import, and only this source needs it
+
+    images, labels = load_digits(return_X_y=True)
+    # Values 0 ... 16 as uint8 over its whole range, as other image sets have them; 17 values stay 17 values.
+    inputs = np.rint(images.reshape(-1, 8, 8, 1) * (255 / 16)).astype(np.uint8)
+    labels = labels.astype(np.int32)
+    in_test = hide_labels(labels, 0.2, seed=0) != UNLABELLED
+    train, test = Split(inputs[~in_test], labels[~in_test]), Split(inputs[in_test], labels[in_test])
+    return _with_statistics("digits", train, test, tuple(str(digit) for digit in range(10)))
+
+
+def _synthetic(*, shape: Sequence[int] = (32, 32, 3), classes: int = 10, examples: int = 512, seed: int = 0) -> Dataset:
+    """Images of any size that can be learnt: a coarse pattern per class, under noise. A quarter as many to test."""
+    if len(shape) != 3 or min(shape) < 1 or classes < 2 or examples < 1:
+        raise UserError(
+            f"data.options of synthetic: shape={tuple(shape)}, classes={classes}, examples={examples}, "
+            "but shape is (height, width, channels), with at least 2 classes and 1 example."
+        )
+    height, width, channels = shape
+    rng = np.random.default_rng(seed)
+    patterns = rng.normal(128.0, 48.0, (classes, 4, 4, channels)).astype(np.float32)
+    rows, columns = np.arange(height) * 4 // height, np.arange(width) * 4 // width
+
+    def make(count: int) -> Split:
+        labels = rng.permutation(np.arange(count, dtype=np.int32) % classes)
+        inputs = np.empty((count, height, width, channels), np.uint8)
+        for first in range(0, count, 64):
+            clean = patterns[labels[first : first + 64]][:, rows][:, :, columns]
+            noisy = clean + 32.0 * rng.standard_normal(clean.shape, np.float32)
+            inputs[first : first + 64] = noisy.clip(0, 255)
+        return Split(inputs, labels)
+
+    names = tuple(str(label) for label in range(classes))
+    return _with_statistics("synthetic", make(examples), make(max(examples // 4, 1)), names)
+
+
+def _tfds(name: str, data_dir: str | None) -> Dataset:
+    """An image classification set that TFDS has prepared as ArrayRecord files: read without TensorFlow."""
+    import tensorflow_datasets as tfds  # slow to import, and only this source needs it
+
+    short = name.removeprefix(_TFDS)
+    where = f"data_dir={data_dir}" if data_dir else "the default data_dir (set data.data_dir if it lies elsewhere)"
+    try:
+        builder = tfds.builder(short, data_dir=data_dir)
+    except tfds.core.DatasetNotFoundError:
+        raise UserError(f"unknown data set {name}: neither tensorflow-datasets nor {where} has {short!r}.") from None
+    remedy = (
+        "prepare it once: pip install 'kdjax[tfds]', then in Python tensorflow_datasets.builder("
+        f"{short!r}, data_dir=..., file_format='array_record').download_and_prepare()"
+    )
+    # Asked first, since reading an absent data set would try to download it.
+    if not builder.info.splits:
+        raise UserError(f"data set {name} is not prepared in {where}; {remedy}.")
+    image, label = _image_and_label(name, builder.info, tfds)
+    test = next((split for split in ("test", "validation") if split in builder.info.splits), None)
+    if "train" not in builder.info.splits or test is None:
+        raise UserError(f"data set {name} has the splits {', '.join(builder.info.splits)}: train and test are needed.")
+    try:
+        sources = [builder.as_data_source(split=split) for split in ("train", test)]
+    except NotImplementedError:
+        raise UserError(f"data set {name} in {where} is not in the ArrayRecord format; {remedy}.") from None
+    splits = [_read(source, image, label, builder.info.features[image].shape) for source in sources]
+    return _with_statistics(name, splits[0], splits[1], tuple(builder.info.features[label].names))
+
+
+def _image_and_label(name: str, info: Any, tfds: Any) -> tuple[str, str]:
+    keys = info.supervised_keys or ("image", "label")
+    kinds = [type(info.features[key]) if isinstance(key, str) and key in info.features else None for key in keys]
+    if kinds != [tfds.features.Image, tfds.features.ClassLabel]:
+        raise UserError(f"{name} is not a set of images with one class label each: it has {', '.join(info.features)}.")
+    image = info.features[keys[0]]
+    if None in image.shape:
+        raise UserError(f"images of {name} vary in size (shape {image.shape}): prepare a set with all of one size.")
+    if image.np_dtype != np.uint8:
+        raise UserError(f"images of {name} are {image.np_dtype}: only uint8 images can be read.")
+    return keys
+
+
+def _read(source: Any, image: str, label: str, shape: tuple[int, ...]) -> Split:
+    """Decodes a whole split into memory; decoding releases Python's lock, so that threads share the work."""
+    inputs = np.empty((len(source), *shape), np.uint8)
+    labels = np.empty(len(source), np.int32)
+
+    def read(first: int) -> None:
+        ids = range(first, min(first + _CHUNK, len(source)))
+        for index, example in zip(ids, source.__getitems__(list(ids)), strict=True):
+            inputs[index], labels[index] = example[image], example[label]
+
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(read, range(0, len(source), _CHUNK)))
+    return Split(inputs, labels)
+
+
+def _with_statistics(name: str, train: Split, test: Split, class_names: tuple[str, ...]) -> Dataset:
+    mean, std = _statistics(train.inputs)
+    return Dataset(name, train, test, class_names, mean, std)
+
+
+def _statistics(inputs: NDArray[Any]) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and deviation of each channel, in float64; a constant channel gets deviation 1, to divide by."""
+    channels = inputs.shape[-1]
+    scale = 255.0 if inputs.dtype == np.uint8 else 1.0
+    total, count = np.zeros(channels), max(inputs.size // max(channels, 1), 1)
+    squares = np.zeros(channels)
+    with np.errstate(invalid="ignore", over="ignore"):  # NaN and Inf are reported by validate
+        for first in range(0, len(inputs), _CHUNK):
+            total += (inputs[first : first + _CHUNK].reshape(-1, channels) / scale).sum(axis=0, dtype=np.float64)
+        mean = total / count
+        for first in range(0, len(inputs), _CHUNK):
+            centred = inputs[first : first + _CHUNK].reshape(-1, channels) / scale - mean
+            squares += np.square(centred).sum(axis=0)
+        std = np.sqrt(squares / count)
+    return tuple(mean.tolist()), tuple(np.where(std > 0, std, 1.0).tolist())
+
+
+def _as_inputs(values: ArrayLike, where: str) -> NDArray[Any]:
+    inputs = np.asarray(values)
+    if inputs.dtype == np.uint8:
+        return inputs
+    if np.issubdtype(inputs.dtype, np.floating):
+        return inputs.astype(np.float32, copy=False)
+    raise UserError(f"{where} inputs are {inputs.dtype}: give uint8 (0 to 255) or floating-point values.")
+
+
+def _as_labels(values: ArrayLike, where: str) -> NDArray[np.int32]:
+    labels = np.asarray(values)
+    if not np.issubdtype(labels.dtype, np.integer):
+        raise UserError(f"{where} labels are {labels.dtype}: give integers from 0 on, {UNLABELLED} for unlabelled.")
+    return labels.astype(np.int32, copy=False)
+
+
+def _check_finite(inputs: NDArray[Any], name: str, where: str) -> None:
+    if inputs.dtype == np.uint8:
+        return
+    for first in range(0, len(inputs), _CHUNK):
+        part = inputs[first : first + _CHUNK].reshape(len(inputs[first : first + _CHUNK]), -1)
+        bad = np.flatnonzero(~np.isfinite(part).all(axis=1))
+        if bad.size:
+            raise UserError(
+                f"example {first + bad[0]} of {name}'s {where} split has NaN or Inf in its inputs: remove or mend it."
+            )
+
+
+SOURCES: dict[str, Callable[..., Dataset]] = {"digits": _digits, "synthetic": _synthetic}

@@ -1,0 +1,155 @@
+"""The library call: your models, your data, a few lines."""
+
+import itertools
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import optax
+from flax import nnx
+from jax.sharding import Mesh
+
+from kdjax import sharding, state, train
+from kdjax.data import pipeline, sources
+from kdjax.errors import UserError
+from kdjax.model import Model, Variables, as_model, update_nnx
+from kdjax.objective import Batch, make_objective
+from kdjax.step import make_predict, make_train_step
+
+DEFAULT_LOSSES = {"kl": {"weight": 0.9, "temperature": 4.0}, "ce": {"weight": 0.1}}
+
+
+class Distilled(NamedTuple):
+    """What :func:`distill` returns.
+
+    Attributes:
+      variables: the student's ``{"params": ..., "state": ...}``, plain nested dicts.
+      predict: ``predict(inputs) -> logits`` [batch, classes] float32, compiled.
+      steps: the number of updates done.
+    """
+
+    variables: Variables
+    predict: Callable[[Any], jax.Array]
+    steps: int
+
+
+def distill(
+    teacher: Any,
+    student: Any,
+    data: Any,
+    *,
+    epochs: int | None = None,
+    steps: int | None = None,
+    batch_size: int = 128,
+    losses: Mapping[str, Mapping[str, Any]] | None = None,
+    optimizer: optax.GradientTransformation | None = None,
+    preprocess: Callable[[Batch, jax.Array], Batch] | None = None,
+    seed: int = 0,
+    mesh: Mesh | None = None,
+) -> Distilled:
+    """Distils a teacher into a student.
+
+    Args:
+      teacher: a Flax NNX module with its weights, or ``(module, variables)`` for a Linen module or a ``kdjax.Model``; for Linen
+        the variables may be those of ``module.init`` or ``{"params": ..., "state": ...}``.
+      student: a Flax NNX module (its weights are updated in place too), a Linen module, or a ``kdjax.Model``.
+      data: ``(inputs, labels)`` arrays; inputs alone, for soft terms only; or an iterable of batches, each ``(inputs, labels)`` or
+        a dict with ``inputs`` and ``labels``. A label of -1 means unlabelled.
+      epochs: how often to walk over the arrays; for an iterable leave it out, it is walked over once.
+      steps: the number of updates, instead of epochs.
+      batch_size: examples per update, over all devices; an iterable brings its own.
+      losses: the terms, as in a config: ``{"kl": {"weight": 0.9, "temperature": 4.0}, "ce": {"weight": 0.1}}`` by default. With
+        no labels at all, leave out ``ce``.
+      optimizer: any optax transformation; ``optax.adamw(1e-3)`` by default.
+      preprocess: ``preprocess(batch, key) -> batch`` on the device, such as augmentation; the teacher sees the same view.
+      seed: of the student's initial weights (where the module has none), the data order and dropout.
+      mesh: the devices; all by default, the batch split over them.
+
+    Returns:
+      The trained student.
+
+    Raises:
+      UserError: shapes or classes that do not fit, labels out of range, a NaN.
+    """
+    mesh = mesh or sharding.make_mesh({"data": -1})
+    batches, batch_size, total = _batches(data, epochs, steps, batch_size, seed)
+    first = next(batches)
+    sharding.check_batch(batch_size, mesh, what="batch_size")
+    example = jax.ShapeDtypeStruct(first["inputs"].shape, first["inputs"].dtype)
+    teacher_model, teacher_variables = _with_variables(teacher, example)
+    model = as_model(student, example)
+    _check_classes(teacher_model, teacher_variables, model, first, example)
+    objective = make_objective(losses or DEFAULT_LOSSES)
+    optimizer = optimizer or optax.adamw(1e-3)
+    step = make_train_step(model, {"teacher": teacher_model}, objective, optimizer, preprocess=preprocess)
+    hparams = {name: np.float32(value) for name, value in objective.hparams.items()}
+    arm = train.Arm(
+        name="student",
+        model=model,
+        optimizer=optimizer,
+        stages=[train.Stage(0, total, step, hparams)],
+        batches=lambda _: itertools.chain([first], batches),
+        batch_size=batch_size,
+        key=jax.random.key(seed),
+        teacher_variables={"teacher": teacher_variables} if objective.uses_teacher else {},
+    )
+    done = train.run(arm, mesh)
+    variables = state.inference_variables(done.state)
+    if isinstance(student, nnx.Module):
+        update_nnx(student, variables)
+    predict = jax.jit(make_predict(model))
+    return Distilled(variables, lambda inputs: predict(variables, {"inputs": inputs}), total)
+
+
+def _batches(data: Any, epochs: int | None, steps: int | None, batch_size: int, seed: int):
+    """``(iterator of batches, examples per batch, number of updates)``."""
+    if epochs is not None and steps is not None:
+        raise UserError("epochs and steps are both given: choose one.")
+    if hasattr(data, "shape") or (isinstance(data, tuple) and len(data) == 2 and all(hasattr(part, "shape") for part in data)):
+        inputs, labels = (data, None) if hasattr(data, "shape") else data
+        split = sources.as_split(inputs, labels)
+        if epochs is None and steps is None:
+            raise UserError("say how long to train: epochs=... or steps=....")
+        total = steps or max(round((epochs or 0) * len(split.labels) / batch_size), 1)
+        return pipeline.train_batches(split, batch_size=batch_size, seed=seed), batch_size, total
+    if not isinstance(data, Iterable):
+        raise UserError(f"data is a {type(data).__name__}: give (inputs, labels), inputs alone, or an iterable of batches.")
+    per_epoch = len(data) if hasattr(data, "__len__") else None
+    if steps is None and per_epoch is None:
+        raise UserError("the iterable of batches has no length: say how many to take with steps=....")
+    total = steps or (epochs or 1) * (per_epoch or 1)
+    batches = pipeline.from_iterable(data, repeat=per_epoch is not None)
+    first = next(batches)
+    return itertools.chain([first], batches), len(first["inputs"]), total
+
+
+def _with_variables(teacher: Any, example: jax.ShapeDtypeStruct) -> tuple[Model, Variables]:
+    if isinstance(teacher, nnx.Module):
+        model = as_model(teacher, example)
+        return model, model.init(jax.random.key(0))
+    if not (isinstance(teacher, tuple) and len(teacher) == 2 and not isinstance(teacher, Model)):
+        raise UserError("the teacher has no weights: pass an NNX module, or (module, variables).")
+    module, variables = teacher
+    variables = dict(variables)
+    if "state" not in variables:
+        variables = {"params": variables.pop("params"), "state": variables}
+    return as_model(module, example), variables
+
+
+def _check_classes(teacher: Model, teacher_variables: Variables, student: Model, batch: Batch, example: Any) -> None:
+    shapes = {
+        "teacher": jax.eval_shape(lambda v, x: teacher.apply(v, x, train=False)[0].logits, teacher_variables, example),
+        "student": jax.eval_shape(
+            lambda key, x: student.apply(student.init(key), x, train=False)[0].logits, jax.random.key(0), example
+        ),
+    }
+    if shapes["teacher"].shape != shapes["student"].shape:
+        raise UserError(
+            f"teacher logits are {shapes['teacher'].shape} and student logits {shapes['student'].shape}: "
+            "both must score the same classes, in the same order."
+        )
+    classes = shapes["student"].shape[-1]
+    labels = np.asarray(batch["labels"])
+    if labels.min() < -1 or labels.max() >= classes:
+        raise UserError(f"labels go from {labels.min()} to {labels.max()}: with {classes} classes they are -1 to {classes - 1}.")

@@ -1,0 +1,274 @@
+"""Response losses: what a student learns from class scores, its teacher's or the label's.
+
+Every function takes logits [..., classes] of any float dtype and returns one float32 value per position, [...]: the
+sum over classes. The caller masks, weighs and reduces over positions. Notation: z are logits, p_T = softmax(z_t / T)
+the softened teacher, p_S = softmax(z_s / T) the softened student, T the temperature.
+
+Every softened term carries the factor T² (Hinton et al. 2015, section 2): the gradient of the bare divergence shrinks
+as 1/T², so the factor keeps the term's weight comparable when T changes or follows a schedule.
+
+A class whose logit is -inf has probability 0. If student and teacher both rule it out, it adds nothing to the loss
+and gets no gradient; a teacher's class that the student rules out makes the forward divergence infinite, as it is. A
+position with no class left is NaN. Temperatures and other numbers may be Python floats or traced scalars.
+"""
+
+import functools
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+
+from kdjax.errors import UserError, unknown
+
+Array = jax.Array
+Scalar = float | Array
+
+DIRECTIONS = ("forward", "reverse")
+COMBINATIONS = ("probabilities", "logits")
+
+
+def cross_entropy(logits: Array, labels: Array, *, label_smoothing: Scalar = 0.0) -> Array:
+    """Cross-entropy with a smoothed one-hot target: H(q', p), q'(k) = (1 - ε) [k = label] + ε / K.
+
+    K is the number of classes whose logit is not -inf. A label outside [0, classes), such as -1 for an unlabelled
+    example, gives 0 and no gradient: its position is the caller's to leave out of the count.
+
+    Args:
+        logits: [..., classes], float.
+        labels: [...], integer class indices.
+        label_smoothing: ε in [0, 1).
+
+    Returns:
+        [...] float32, in nats.
+
+    Raises:
+        UserError: the leading shape of logits is not the shape of labels.
+
+    Source: Szegedy et al. 2016, "Rethinking the Inception Architecture for Computer Vision", section 7.
+    """
+    if logits.shape[:-1] != labels.shape:
+        raise UserError(
+            f"logits of shape {logits.shape} need labels of shape {logits.shape[:-1]}, not {labels.shape}: "
+            "give one class index per position."
+        )
+    log_p = _log_softmax(logits, 1.0)
+    # A mask instead of a gather: it fuses, it stays local when classes are sharded, and no label reads out of bounds.
+    is_label = jax.nn.one_hot(labels, logits.shape[-1], dtype=jnp.bool_)
+    nll = -jnp.sum(jnp.where(is_label, log_p, 0.0), axis=-1)
+    possible = ~jnp.isneginf(log_p)
+    uniform = -jnp.mean(log_p, axis=-1, where=possible)
+    labelled = jnp.any(is_label, axis=-1)
+    return jnp.where(labelled, (1.0 - label_smoothing) * nll + label_smoothing * uniform, 0.0)
+
+
+def kl(student_logits: Array, teacher_logits: Array, *, temperature: Scalar = 1.0, direction: str = "forward") -> Array:
+    """Kullback-Leibler divergence between softened teacher and student, times T².
+
+    forward: T² KL(p_T || p_S) = T² Σ_k p_T (log p_T - log p_S), which spreads the student over all that the teacher
+    does; its gradient is that of soft-target cross-entropy. reverse: T² KL(p_S || p_T), which seeks a mode.
+
+    Args:
+        student_logits: [..., classes], float.
+        teacher_logits: [..., classes], float, of the same shape.
+        temperature: T > 0.
+        direction: "forward" or "reverse".
+
+    Returns:
+        [...] float32, in nats; 0 where both distributions are equal.
+
+    Raises:
+        UserError: shapes differ, or an unknown direction.
+
+    Source: Hinton et al. 2015, "Distilling the Knowledge in a Neural Network", section 2 (forward); Gu et al. 2024,
+    "MiniLLM", eq. 2 (reverse).
+    """
+    log_ps, log_pt = _log_softmax_pair(student_logits, teacher_logits, temperature)
+    if direction == "forward":
+        divergence = _divergence(log_pt, log_ps)
+    elif direction == "reverse":
+        divergence = _divergence(log_ps, log_pt)
+    else:
+        raise unknown("direction", direction, DIRECTIONS)
+    return _square(temperature) * divergence
+
+
+def jensen_shannon(
+    student_logits: Array, teacher_logits: Array, *, temperature: Scalar = 1.0, beta: Scalar = 0.5
+) -> Array:
+    """Generalised Jensen-Shannon divergence, times T²: T² [β KL(p_T || m) + (1 - β) KL(p_S || m)].
+
+    m = β p_T + (1 - β) p_S. It is bounded, symmetric at β = 1/2, and finite even where the supports differ.
+
+    The ends are not KL: the divergence itself goes to 0 as β goes to 0 or 1. Only the ratios go to KL:
+    JSD/β -> KL(p_T || p_S) as β -> 0, JSD/(1 - β) -> KL(p_S || p_T) as β -> 1. So β also scales the gradient, and
+    an implementation that returns KL at β = 0 and 1 jumps there; here use `kl` for those.
+
+    Args:
+        student_logits: [..., classes], float.
+        teacher_logits: [..., classes], float, of the same shape.
+        temperature: T > 0.
+        beta: β strictly between 0 and 1.
+
+    Returns:
+        [...] float32, in nats.
+
+    Raises:
+        UserError: shapes differ.
+
+    Source: Agarwal et al. 2024, "On-Policy Distillation of Language Models" (GKD), eq. 1.
+    """
+    log_ps, log_pt = _log_softmax_pair(student_logits, teacher_logits, temperature)
+    log_m = _log_mixture(log_pt, log_ps, beta)
+    divergence = beta * _divergence(log_pt, log_m) + (1.0 - beta) * _divergence(log_ps, log_m)
+    return _square(temperature) * divergence
+
+
+def skew_kl(
+    student_logits: Array,
+    teacher_logits: Array,
+    *,
+    temperature: Scalar = 1.0,
+    skew: Scalar = 0.1,
+    direction: str = "forward",
+) -> Array:
+    """Skew Kullback-Leibler divergence, times T²: KL to a mixture that holds a share of the first distribution.
+
+    forward: T² KL(p_T || λ p_T + (1 - λ) p_S); reverse: T² KL(p_S || λ p_S + (1 - λ) p_T). The mixture bounds the
+    density ratio by 1/λ, hence the loss by -log λ and its gradient. λ -> 0 is `kl` of the same direction.
+
+    Args:
+        student_logits: [..., classes], float.
+        teacher_logits: [..., classes], float, of the same shape.
+        temperature: T > 0.
+        skew: λ in [0, 1).
+        direction: "forward" or "reverse".
+
+    Returns:
+        [...] float32, in nats.
+
+    Raises:
+        UserError: shapes differ, or an unknown direction.
+
+    Source: Ko et al. 2024, "DistiLLM", section 3.1 (α-SKL and α-SRKL).
+    """
+    log_ps, log_pt = _log_softmax_pair(student_logits, teacher_logits, temperature)
+    if direction == "forward":
+        divergence = _divergence(log_pt, _log_mixture(log_pt, log_ps, skew))
+    elif direction == "reverse":
+        divergence = _divergence(log_ps, _log_mixture(log_ps, log_pt, skew))
+    else:
+        raise unknown("direction", direction, DIRECTIONS)
+    return _square(temperature) * divergence
+
+
+def logits_mse(student_logits: Array, teacher_logits: Array) -> Array:
+    """Regression on logits: ½ ||z_s - z_t||², summed over classes.
+
+    Unlike the softened terms it also fixes the constant that softmax ignores, and it has no temperature (it is the
+    limit of `kl` at high T, times the number of classes, for logits of zero mean).
+
+    Args:
+        student_logits: [..., classes], float.
+        teacher_logits: [..., classes], float, of the same shape.
+
+    Returns:
+        [...] float32, in squared logits.
+
+    Raises:
+        UserError: shapes differ.
+
+    Source: Ba & Caruana 2014, "Do Deep Nets Really Need to be Deep?", eq. 1 (there averaged over examples).
+    """
+    _require_same_shape(student_logits, teacher_logits)
+    student, teacher = student_logits.astype(jnp.float32), teacher_logits.astype(jnp.float32)
+    both_masked = jnp.isneginf(student) & jnp.isneginf(teacher)
+    error = jnp.where(both_masked, 0.0, student) - jnp.where(both_masked, 0.0, teacher)
+    return 0.5 * jnp.sum(jnp.square(error), axis=-1)
+
+
+def combine_logits(
+    teacher_logits: Sequence[Array],
+    weights: Array | Sequence[float],
+    *,
+    how: str = "probabilities",
+    temperature: Scalar = 1.0,
+) -> Array:
+    """Several teachers as one set of logits, to be used by any loss here.
+
+    probabilities: the z with softmax(z / T) = Σ_i w_i softmax(z_i / T), which is z = T log Σ_i w_i softmax(z_i / T);
+    logits: z = Σ_i w_i z_i, whose softmax is the normalised weighted geometric mean. Use the T of the loss, else the
+    mixture is taken at one temperature and softened at another.
+
+    Args:
+        teacher_logits: n arrays of one shape [..., classes], float.
+        weights: [n], not negative, with a positive sum; they are divided by their sum.
+        how: "probabilities" or "logits".
+        temperature: T > 0; unused by "logits".
+
+    Returns:
+        [..., classes] float32.
+
+    Raises:
+        UserError: no teacher, shapes or counts that differ, or an unknown `how`.
+
+    Source: Hinton et al. 2015, section 1 (arithmetic or geometric mean of an ensemble); You et al. 2017, "Learning
+    from Multiple Teacher Networks", eq. 5.
+    """
+    weights_n = jnp.asarray(weights, jnp.float32)
+    if not teacher_logits or weights_n.shape != (len(teacher_logits),):
+        raise UserError(
+            f"{len(teacher_logits)} teachers need as many weights, not weights of shape {weights_n.shape}: "
+            "give one weight per teacher."
+        )
+    for logits in teacher_logits[1:]:
+        _require_same_shape(logits, teacher_logits[0])
+    weights_n = weights_n / jnp.sum(weights_n)
+    weighted = [(weights_n[i], logits) for i, logits in enumerate(teacher_logits)]
+    if how == "probabilities":
+        parts = (jnp.log(w) + _log_softmax(z, temperature) for w, z in weighted)
+        return temperature * functools.reduce(jnp.logaddexp, parts)
+    if how == "logits":
+        # A teacher of weight 0 has no say, not even in what it rules out (0 · -inf would be NaN).
+        return functools.reduce(jnp.add, (jnp.where(w > 0, w * z.astype(jnp.float32), 0.0) for w, z in weighted))
+    raise unknown("combination of teachers", how, COMBINATIONS)
+
+
+def _log_softmax(logits: Array, temperature: Scalar) -> Array:
+    """log softmax(logits / T) over the last axis in float32; -inf stays -inf and sends no gradient, to T neither."""
+    logits = logits.astype(jnp.float32)  # before anything else: bfloat16 softmaxes of equal logits differ under jit
+    masked = jnp.isneginf(logits)
+    scaled = jnp.where(masked, 0.0, logits) / temperature
+    return jax.nn.log_softmax(jnp.where(masked, -jnp.inf, scaled), axis=-1)
+
+
+def _log_softmax_pair(student_logits: Array, teacher_logits: Array, temperature: Scalar) -> tuple[Array, Array]:
+    _require_same_shape(student_logits, teacher_logits)
+    return _log_softmax(student_logits, temperature), _log_softmax(teacher_logits, temperature)
+
+
+def _divergence(log_p: Array, log_q: Array) -> Array:
+    """KL(p || q) over the last axis; classes of p = 0 add 0. The inner `where`s keep NaN out of the gradient."""
+    outside = jnp.isneginf(log_p)
+    log_ratio = jnp.where(outside, 0.0, log_p) - jnp.where(outside, 0.0, log_q)
+    return jnp.sum(jnp.exp(log_p) * log_ratio, axis=-1)
+
+
+def _log_mixture(log_p: Array, log_q: Array, share: Scalar) -> Array:
+    """log(share · p + (1 - share) · q), never leaving log space."""
+    log_p, log_q = jnp.log(share) + log_p, jnp.log1p(-share) + log_q
+    outside = jnp.isneginf(log_p) & jnp.isneginf(log_q)  # where logaddexp has no derivative
+    mixture = jnp.logaddexp(jnp.where(outside, 0.0, log_p), jnp.where(outside, 0.0, log_q))
+    return jnp.where(outside, -jnp.inf, mixture)
+
+
+def _square(temperature: Scalar) -> Array:
+    return jnp.square(jnp.asarray(temperature, jnp.float32))
+
+
+def _require_same_shape(one: Array, other: Array) -> None:
+    # Broadcasting would hide a difference in classes or batch.
+    if one.shape != other.shape:
+        raise UserError(
+            f"logits of shapes {one.shape} and {other.shape} cannot be compared: "
+            "give both the same positions and the same classes."
+        )

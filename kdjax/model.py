@@ -1,0 +1,186 @@
+"""What a network is to kdjax: a pair of pure functions, whatever library it was written in.
+
+The adapters here and the modules under ``models/`` are the only places that know Flax objects. Everywhere else a model is a
+:class:`Model` and its weights are plain nested dicts of arrays.
+"""
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+from flax import nnx
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from kdjax.errors import UserError, unknown
+
+Array = jax.Array
+Params = dict[str, Any]
+ModelState = dict[str, Any]
+Variables = dict[str, Any]  # {"params": Params, "state": ModelState}
+
+
+class Outputs(NamedTuple):
+    """What a model says of a batch: class scores, and the intermediate values that were asked for."""
+
+    logits: Array  # [batch, ..., classes]
+    taps: Mapping[str, Array] = {}  # module path, such as "blocks.3" -> that module's output
+
+
+class Model(NamedTuple):
+    """A network as two pure functions.
+
+    Attributes:
+      init: ``init(key) -> variables``, where variables are ``{"params": ..., "state": ...}``, plain nested dicts of arrays;
+        the state holds what is not learned by gradient, such as running batch statistics.
+      apply: ``apply(variables, inputs, *, train, key=None, taps=()) -> (Outputs, new_state)``. ``key`` drives dropout and
+        is needed only where ``train`` is true; ``taps`` names modules whose outputs are wanted, by path.
+    """
+
+    init: Callable[[Array], Variables]
+    apply: Callable[..., tuple[Outputs, ModelState]]
+
+
+def from_nnx(module: nnx.Module | Callable[[nnx.Rngs], nnx.Module]) -> Model:
+    """Adapts a Flax NNX module.
+
+    Args:
+      module: a module that holds its weights (``init`` then returns those, whatever the key), or a function from
+        ``nnx.Rngs`` to a module (``init`` then makes fresh weights). Its ``__call__(inputs)`` returns the logits.
+
+    Returns:
+      The pure functions. Taps are module paths with dots, such as ``"blocks.3"`` or ``"head"``; a module that is called
+      several times gives its last output.
+    """
+    factory = (lambda rngs: module) if isinstance(module, nnx.Module) else module
+    structure = nnx.eval_shape(lambda: factory(nnx.Rngs(0)))
+    graph, params, streams, rest = nnx.split(structure, nnx.Param, nnx.RngState, ...)
+    templates = {"params": nnx.to_flat_state(params), "state": nnx.to_flat_state(rest)}
+    streams = nnx.to_flat_state(streams)
+
+    def init(key: Array) -> Variables:
+        _, params, _, rest = nnx.split(factory(nnx.Rngs(key)), nnx.Param, nnx.RngState, ...)
+        return {"params": _plain(params), "state": _plain(rest)}
+
+    def apply(variables, inputs, *, train, key=None, taps=()):
+        key = jax.random.key(0) if key is None else key
+        leaves = {**_filled(templates["params"], variables["params"]), **_filled(templates["state"], variables["state"])}
+        for number, (path, stream) in enumerate(streams):
+            is_key = isinstance(stream, nnx.RngKey)
+            leaves[path] = stream.replace(jax.random.fold_in(key, number) if is_key else jax.numpy.zeros((), "uint32"))
+        # A copy, because merging over captured variables inside a gradient is a trace error otherwise.
+        net = nnx.merge(graph, nnx.State.from_flat_path(leaves), copy=True)
+        (net.train if train else net.eval)()
+        captured: Mapping[str, Array] = {}
+        if taps:
+            logits, outputs = nnx.capture(net, nnx.Intermediate, method_outputs=nnx.Intermediate)(inputs)
+            captured = _pick_taps({p[:-1]: v.get_value()[-1] for p, v in nnx.to_flat_state(outputs) if p[-1] == "__call__"}, taps)
+        else:
+            logits = net(inputs)
+        new_state = nnx.split(net, nnx.Param, nnx.RngState, nnx.Intermediate, ...)[-1]
+        return Outputs(logits, captured), _plain(new_state)
+
+    return Model(init, apply)
+
+
+def from_linen(module: Any, example_inputs: Any) -> Model:
+    """Adapts a Flax Linen module.
+
+    Args:
+      module: the module; ``__call__(inputs)`` returns the logits. Where it takes one of the keywords ``train``,
+        ``training``, ``is_training``, ``deterministic`` or ``use_running_average``, that is set.
+      example_inputs: an array, or ``jax.ShapeDtypeStruct``, with the shape of a batch: Linen makes its weights from it.
+
+    Returns:
+      The pure functions. Taps are module paths with dots, such as ``"Dense_0"`` or ``"encoder.layer_3"``.
+    """
+    keywords = set(inspect.signature(module.__call__).parameters)
+
+    def mode(train: bool) -> dict[str, bool]:
+        on = {name: train for name in ("train", "training", "is_training") if name in keywords}
+        return on | {name: not train for name in ("deterministic", "use_running_average") if name in keywords}
+
+    def init(key: Array) -> Variables:
+        blank = jax.numpy.zeros(example_inputs.shape, example_inputs.dtype)
+        variables = dict(module.init({"params": key, "dropout": key}, blank, **mode(False)))
+        return {"params": variables.pop("params", {}), "state": variables}
+
+    def apply(variables, inputs, *, train, key=None, taps=()):
+        result, updates = module.apply(
+            {"params": variables["params"], **variables["state"]},
+            inputs,
+            rngs=None if key is None else {"dropout": key},
+            mutable=[*(variables["state"] if train else ()), *(("intermediates",) if taps else ())],
+            capture_intermediates=(lambda owner, method: ".".join(owner.path) in taps) if taps else False,
+            **mode(train),
+        )
+        outputs = flatten_dict(updates.pop("intermediates", {}))
+        captured = _pick_taps({path[:-1]: value[-1] for path, value in outputs.items() if path[-1] == "__call__"}, taps)
+        return Outputs(result, captured), {**variables["state"], **updates}
+
+    return Model(init, apply)
+
+
+def as_model(module: Any, example_inputs: Any) -> Model:
+    """Adapts whatever a user may hold: a :class:`Model`, an NNX module (or its factory), or a Linen module."""
+    from flax import linen
+
+    if isinstance(module, Model):
+        return module
+    if isinstance(module, linen.Module):
+        return from_linen(module, example_inputs)
+    if isinstance(module, nnx.Module) or callable(module):
+        return from_nnx(module)
+    raise UserError(
+        f"{type(module).__name__} is not a model: pass a Flax NNX or Linen module, a function from nnx.Rngs to an NNX "
+        "module, or a kdjax.Model."
+    )
+
+
+def update_nnx(module: nnx.Module, variables: Variables) -> None:
+    """Writes variables into the NNX module that they were made from."""
+    _, params, _, rest = nnx.split(module, nnx.Param, nnx.RngState, ...)
+    for part, state in (("params", params), ("state", rest)):
+        nnx.update(module, nnx.State.from_flat_path(_filled(nnx.to_flat_state(state), variables[part])))
+
+
+def parameter_count(params: Params) -> int:
+    """The number of learned scalars."""
+    return sum(leaf.size for leaf in jax.tree.leaves(params))
+
+
+def first_mismatch(expected: Any, found: Any) -> str | None:
+    """The first difference in structure or shape between two trees of arrays (or shapes), as a phrase; else ``None``."""
+    expected, found = flatten_paths(expected), flatten_paths(found)
+    for path in expected:
+        if path not in found:
+            return f"parameter {path} {tuple(expected[path].shape)} is missing"
+        if tuple(found[path].shape) != tuple(expected[path].shape):
+            return f"parameter {path} is {tuple(found[path].shape)} and should be {tuple(expected[path].shape)}"
+    for path in found:
+        if path not in expected:
+            return f"parameter {path} {tuple(found[path].shape)} is not part of the model"
+    return None
+
+
+def flatten_paths(tree: Any) -> dict[str, Any]:
+    """A tree's leaves by path, such as ``"blocks/0/conv/kernel"``, in a fixed order."""
+    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
+    return dict(sorted((jax.tree_util.keystr(path, simple=True, separator="/"), leaf) for path, leaf in leaves))
+
+
+def _plain(state: nnx.State) -> dict[str, Any]:
+    return unflatten_dict({tuple(map(str, path)): leaf.get_value() for path, leaf in nnx.to_flat_state(state)})
+
+
+def _filled(template: Any, values: dict[str, Any]) -> dict[tuple, nnx.Variable]:
+    flat = flatten_dict(values)
+    return {path: variable.replace(flat[tuple(map(str, path))]) for path, variable in template}
+
+
+def _pick_taps(outputs: Mapping[tuple, Array], taps: Sequence[str]) -> dict[str, Array]:
+    named = {".".join(map(str, path)): value for path, value in outputs.items()}
+    for tap in taps:
+        if tap not in named:
+            raise unknown("tap", tap, (name for name in named if name))
+    return {tap: named[tap] for tap in taps}

@@ -1,0 +1,91 @@
+"""Building blocks shared by the bundled models.
+
+Shapes: b batch, h w image, c channels, t tokens, n heads, d width of one head. Parameters are float32; a layer computes
+in its ``dtype`` and normalises in float32.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from kdjax.errors import UserError
+
+Array = jax.Array
+
+kaiming = nnx.initializers.variance_scaling(2.0, "fan_out", "normal")  # He et al. 2015, equation 14
+narrow = nnx.initializers.truncated_normal(0.02)  # ViT: every dense layer and embedding
+
+
+class BatchNorm(nnx.BatchNorm):
+    """Batch normalisation over all axes but the last, in float32 whatever the input's dtype, which the output keeps.
+
+    Decay 0.9 and epsilon 1e-5 are those of PyTorch. The running variance is the biased one, as everywhere in JAX.
+    """
+
+    def __init__(self, features: int, *, scale_init: Any = nnx.initializers.ones, rngs: nnx.Rngs):
+        super().__init__(features, momentum=0.9, epsilon=1e-5, dtype=jnp.float32, scale_init=scale_init, rngs=rngs)
+
+    def __call__(self, x: Array, *args: Any, **kwargs: Any) -> Array:
+        """Normalise [..., c] by the batch's moments when training, else by the running ones."""
+        return super().__call__(x, *args, **kwargs).astype(x.dtype)
+
+
+class LayerNorm(nnx.LayerNorm):
+    """Layer normalisation over the last axis, in float32 whatever the input's dtype, which the output keeps."""
+
+    def __init__(self, features: int, *, rngs: nnx.Rngs):
+        super().__init__(features, epsilon=1e-6, dtype=jnp.float32, rngs=rngs)
+
+    def __call__(self, x: Array, *args: Any, **kwargs: Any) -> Array:
+        """Normalise [..., c] to mean 0 and variance 1 over c, then scale and shift."""
+        return super().__call__(x, *args, **kwargs).astype(x.dtype)
+
+
+def conv(
+    inputs: int, outputs: int, *, size: int = 3, stride: int = 1, bias: bool = False, dtype: Any, rngs: nnx.Rngs
+) -> nnx.Conv:
+    """A square convolution padded by (size - 1) / 2 on every side: PyTorch's geometry, also at stride 2."""
+    pad = (size - 1) // 2
+    return nnx.Conv(
+        inputs,
+        outputs,
+        (size, size),
+        strides=(stride, stride),
+        padding=((pad, pad), (pad, pad)),
+        use_bias=bias,
+        kernel_init=kaiming,
+        dtype=dtype,
+        rngs=rngs,
+    )
+
+
+def classifier(features: int, classes: int, *, rngs: nnx.Rngs) -> nnx.Linear:
+    """The last dense layer; float32 in every precision, because the losses read small differences of logits."""
+    return nnx.Linear(features, classes, dtype=jnp.float32, rngs=rngs)
+
+
+def dropout_layer(rate: float, rngs: nnx.Rngs) -> nnx.Dropout | None:
+    """A dropout layer, or None at rate 0 so that a model without dropout holds no random state."""
+    if not 0 <= rate < 1:
+        raise UserError(f"dropout is {rate}: it must be at least 0 and less than 1.")
+    return nnx.Dropout(rate, rngs=rngs) if rate else None
+
+
+def attention(q: Array, k: Array, v: Array) -> Array:
+    """Softmax attention of [b, t, n, d] queries, keys and values; the softmax is in float32."""
+    scores = jnp.einsum("bqnd,bknd->bnqk", q, k) * q.shape[-1] ** -0.5
+    weights = jax.nn.softmax(scores.astype(jnp.float32), axis=-1).astype(v.dtype)
+    return jnp.einsum("bnqk,bknd->bqnd", weights, v)
+
+
+def check_image(model: str, input_shape: Sequence[int], stride: int) -> None:
+    """Raise UserError when the image [h, w, c] is smaller than the model's total stride."""
+    if min(input_shape[:2]) < stride:
+        height, width = input_shape[:2]
+        raise UserError(
+            f"{model} reduces an image {stride} times, so it cannot take one of {height} x {width} pixels: "
+            f"give images of at least {stride} x {stride} or a model with fewer strides."
+        )

@@ -1,0 +1,1 @@
+"""Whole procedures over the training loop."""

@@ -1,0 +1,234 @@
+"""The main job: the teacher, the same student alone, and the distilled student, each trained, scored and reported."""
+
+import contextlib
+import fcntl
+import json
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from kdjax import checkpoint, config as configs, experiment as experiments, metrics, objective, report, results, train
+from kdjax.errors import UserError, unknown
+from kdjax.experiment import MAIN, STUDENTS, Experiment
+from kdjax.model import Variables
+from kdjax.state import inference_variables
+from kdjax.step import make_predict
+from kdjax.tasks import classification
+from kdjax.writers import JsonlWriter, read_jsonl, write_atomic
+
+Say = Callable[[str], None]
+
+
+class Trained(NamedTuple):
+    """A model at its last step: weights to evaluate, steps done, and its speed (``None`` if it was loaded, not trained)."""
+
+    variables: Variables
+    steps: int
+    examples_per_s: float | None
+
+
+def run(config: ConfigDict, workdir: Path, *, say: Say = print) -> dict[str, Any]:
+    """Trains the three arms in ``workdir`` (resuming what is there), scores them and writes the report.
+
+    Returns:
+      What ``results.json`` holds.
+    """
+    experiment = experiments.prepare(config)
+    with claimed(workdir, experiment.config):
+        teachers = obtain_teachers(experiment, workdir, say=say)
+        arms = {name: train_arm(experiment, name, workdir, teachers=teachers, say=say) for name in STUDENTS}
+        return score_and_report(experiment, workdir, teachers, arms)
+
+
+def run_one(config: ConfigDict, workdir: Path, arm: str, *, say: Say = print) -> Trained:
+    """Trains one arm only: a teacher, or a student (from the teacher in ``workdir`` or in ``teacher.init``)."""
+    experiment = experiments.prepare(config)
+    if arm not in (*experiment.teachers, *STUDENTS):
+        raise unknown("arm", arm, [*experiment.teachers, *STUDENTS])
+    with claimed(workdir, experiment.config):
+        teachers = obtain_teachers(experiment, workdir, say=say) if arm == "student_distilled" else {}
+        return train_arm(experiment, arm, workdir, teachers=teachers, say=say)
+
+
+def evaluate(config: ConfigDict, workdir: Path, *, say: Say = print) -> dict[str, Any]:
+    """Scores the arms of a finished workdir again and rewrites its results and report; trains nothing."""
+    experiment = experiments.prepare(config)
+    with claimed(workdir, experiment.config):
+        for name in (*experiment.teachers, *STUDENTS):
+            if name in STUDENTS or not experiments.load_teacher(experiment, name):
+                _require_finished(experiment, name, workdir)
+        teachers = obtain_teachers(experiment, workdir, say=say)
+        arms = {name: train_arm(experiment, name, workdir, teachers=teachers, say=say) for name in STUDENTS}
+        return score_and_report(experiment, workdir, teachers, arms)
+
+
+def saved_config(workdir: Path) -> ConfigDict:
+    """The config that a workdir was made with."""
+    path = Path(workdir) / "config.json"
+    try:
+        return ConfigDict(json.loads(path.read_text())["config"], type_safe=False)
+    except FileNotFoundError as error:
+        raise UserError(f"{workdir} is not a workdir of kdjax: it has no config.json.") from error
+    except (ValueError, KeyError, OSError) as error:
+        raise UserError(f"{path} cannot be read ({error}): restore it, or choose another --workdir.") from error
+
+
+@contextlib.contextmanager
+def claimed(workdir: Path, config: ConfigDict) -> Iterator[None]:
+    """Makes the workdir, or checks that it belongs to this config, and keeps a second run out of it.
+
+    Raises:
+      UserError: it belongs to another config, another run is in it, or it cannot be written.
+    """
+    workdir = Path(workdir)
+    saved = workdir / "config.json"
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        lock = open(workdir / ".lock", "w")  # noqa: SIM115 - held open for as long as the run lasts
+    except OSError as error:
+        raise UserError(f"cannot write in the workdir {workdir}: {error.strerror}; choose another --workdir.") from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise UserError(f"another run is in the workdir {workdir}: wait for it, or choose another --workdir.") from error
+        if saved.exists():
+            changed = configs.differences(saved_config(workdir), config)
+            if changed:
+                raise UserError(
+                    f"the workdir {workdir} belongs to another config (it differs in {', '.join(changed[:4])}): "
+                    "choose another --workdir, or go back to that config."
+                )
+        try:
+            write_atomic(saved, configs.to_json({"config_sha256": configs.sha256(config), "config": config.to_dict()}) + "\n")
+        except OSError as error:
+            raise UserError(f"cannot write {saved}: {error.strerror}; free some space or choose another --workdir.") from error
+        yield
+
+
+def obtain_teachers(experiment: Experiment, workdir: Path, *, say: Say = print) -> dict[str, Trained]:
+    """Each teacher by name: loaded where the config names a checkpoint, trained in ``workdir`` otherwise."""
+    teachers = {}
+    loaded = {name: experiments.load_teacher(experiment, name) for name in experiment.teachers}
+    for name, variables in loaded.items():
+        if variables is None:
+            teachers[name] = train_arm(experiment, name, workdir, teachers={}, say=say)
+        else:
+            teachers[name] = Trained(variables, 0, None)
+    return teachers
+
+
+def train_arm(
+    experiment: Experiment, name: str, workdir: Path, *, teachers: dict[str, Trained], say: Say = print
+) -> Trained:
+    """Trains an arm to its last step, or loads it where it is there already."""
+    config = experiment.config
+    taught = {key: value.variables for key, value in teachers.items()} if name == "student_distilled" else {}
+    arm = experiments.make_arm(experiment, name, taught)
+    score = classification.make_score(arm.model, experiment.dataset, experiment.mesh, config.data.eval_batch_size)
+    test = experiment.dataset.test
+    accuracy = lambda variables: metrics.classification(score(variables, test), test.labels)["accuracy"]
+    meta = {"arm": name, "config_sha256": experiment.config_sha256}
+    if taught:
+        meta["teacher_sha256"] = {key: checkpoint.digest(variables) for key, variables in taught.items()}
+    every = train.Every(config.log.every, config.log.eval_every, config.checkpoint.every, config.train.stop_on_nan)
+    folder = Path(workdir) / "checkpoints" / name
+    with (
+        checkpoint.Checkpoints(folder, config.checkpoint.keep, config.checkpoint.keep_best) as checkpoints,
+        JsonlWriter(Path(workdir) / "metrics.jsonl") as writer,
+    ):
+        done = train.run(
+            arm,
+            experiment.mesh,
+            every=every,
+            checkpoints=checkpoints,
+            meta=meta,
+            writer=writer if jax.process_index() == 0 else None,
+            evaluate=accuracy,
+            say=say,
+        )
+    return Trained(inference_variables(done.state), int(jax.device_get(done.state.step)), done.examples_per_s)
+
+
+def score_and_report(
+    experiment: Experiment, workdir: Path, teachers: dict[str, Trained], students: dict[str, Trained]
+) -> dict[str, Any]:
+    """Scores every arm on the whole test set, and writes ``results.json`` and ``report.html``."""
+    config, dataset = experiment.config, experiment.dataset
+    models = {**experiment.teachers, **dict.fromkeys(STUDENTS, experiment.student)}
+    logits = {
+        name: classification.make_score(models[name], dataset, experiment.mesh, config.data.eval_batch_size)(
+            trained.variables, dataset.test
+        )
+        for name, trained in {**teachers, **students}.items()
+    }
+    taught_by = _combined(experiment, {name: logits[name] for name in teachers})
+    predictions = {MAIN: taught_by, **{name: logits[name] for name in students}}
+    arms = {}
+    for name, trained in {MAIN: _whole(teachers), **students}.items():
+        members = {key: teachers[key].variables for key in teachers} if name == MAIN else {name: trained.variables}
+        arms[name] = results.arm_result(
+            variables=trained.variables,
+            steps=trained.steps,
+            examples_per_s=trained.examples_per_s,
+            logits=predictions[name],
+            teacher_logits=taught_by,
+            labels=dataset.test.labels,
+            latency_ms=_latency(experiment, models, members),
+            params_sha256=checkpoint.digest(trained.variables),
+        )
+    found = results.build(config_sha256=experiment.config_sha256, seed=config.seed, arms=arms)
+    if jax.process_index() == 0:
+        results.write(Path(workdir) / "results.json", found)
+        report.write(
+            Path(workdir) / "report.html",
+            results=found,
+            config=config.to_dict(),
+            history=read_jsonl(Path(workdir) / "metrics.jsonl"),
+            predictions=predictions,
+            labels=dataset.test.labels,
+            class_names=dataset.class_names,
+        )
+    return found
+
+
+def _combined(experiment: Experiment, logits: dict[str, np.ndarray]) -> np.ndarray:
+    """What several teachers say together, as the objective combines them at T = 1."""
+    if len(logits) == 1:
+        return logits[MAIN]
+    weights = [experiments.member(experiment.config, name).weight for name in logits]
+    together = objective.combine_teachers(list(logits.values()), weights, experiment.config.teacher.combine)
+    return np.asarray(jax.device_get(together))
+
+
+def _whole(teachers: dict[str, Trained]) -> Trained:
+    """Several teachers as the one that the table shows: all weights, all steps."""
+    if len(teachers) == 1:
+        return teachers[MAIN]
+    parts = {part: {name: teacher.variables[part] for name, teacher in teachers.items()} for part in ("params", "state")}
+    return Trained(parts, sum(teacher.steps for teacher in teachers.values()), None)
+
+
+def _latency(experiment: Experiment, models: dict[str, Any], variables: dict[str, Variables]) -> dict[str, float]:
+    """Milliseconds of one call with one example on one device; several teachers are run one after the other."""
+    normalise = classification.make_normalise(experiment.dataset)
+    device = jax.local_devices()[0]
+    weights = jax.device_put(jax.device_get(variables), device)
+    predicts = {name: make_predict(models[name], normalise) for name in variables}
+    together = jax.jit(lambda weights, inputs: [predicts[name](weights[name], {"inputs": inputs}) for name in predicts])
+    example = jax.device_put(experiment.dataset.test.inputs[:1], device)
+    return results.latency(lambda inputs: together(weights, inputs), example)
+
+
+def _require_finished(experiment: Experiment, name: str, workdir: Path) -> None:
+    folder = Path(workdir) / "checkpoints" / name
+    wanted = experiments.make_arm(experiment, name).stages[-1].stop
+    saved = [int(child) for child in os.listdir(folder) if child.isdigit()] if folder.is_dir() else []
+    if wanted not in saved:
+        at = f"is at step {max(saved)} of {wanted}" if saved else "has no checkpoint"
+        raise UserError(f"{name} in {workdir} {at}: run kdjax distill with this --workdir to finish it first.")

@@ -1,0 +1,343 @@
+"""``results.json``: what a run measured, as a contract (schema 1; ``docs/results-format.md`` explains every key)."""
+
+import datetime
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import subprocess
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from rich.table import Table
+
+from kdjax import metrics
+from kdjax.errors import UserError, unknown
+from kdjax.writers import write_atomic
+
+SCHEMA = 1
+ARMS = {"teacher": "teacher", "student_alone": "student alone", "student_distilled": "student distilled"}  # shown as
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "kdjax")
+
+
+def environment() -> dict[str, Any]:
+    """Where this process runs: software versions, processor, devices, commit, UTC date. Never fails."""
+    device = jax.devices()[0]
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cpu": _cpu_model(),
+        "cpu_count": os.cpu_count() or 1,
+        "packages": {name: _version(name) for name in PACKAGES},
+        "backend": jax.default_backend(),
+        "device_kind": device.device_kind,
+        "device_count": jax.device_count(),
+        "process_count": jax.process_count(),
+        "commit": _commit(),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    }
+
+
+def arm_result(
+    *,
+    variables: Mapping[str, Any],
+    steps: int,
+    examples_per_s: float | None,
+    logits: Any,
+    teacher_logits: Any,
+    labels: Any,
+    latency_ms: Mapping[str, float],
+    params_sha256: str,
+) -> dict[str, Any]:
+    """One arm's entry of ``results.json``.
+
+    Args:
+        variables: ``{"params": ..., "state": ...}``; parameters are counted, the bytes of both are weighed.
+        steps: updates made.
+        examples_per_s: training throughput; None for an arm that was loaded, not trained.
+        logits: [examples, classes] of this arm on the test set.
+        teacher_logits: the same of the teacher (for the teacher itself: its own).
+        labels: [examples] integers, -1 is left out of ``test`` and kept in ``fidelity``.
+        latency_ms: what ``latency`` returned.
+        params_sha256: hex digest of the parameters.
+    """
+    leaves = jax.tree.leaves(variables["params"])
+    return {
+        "params": sum(math.prod(leaf.shape) for leaf in leaves),
+        "weights_bytes": sum(math.prod(x.shape) * np.dtype(x.dtype).itemsize for x in jax.tree.leaves(dict(variables))),
+        "steps": int(steps),
+        "examples_per_s": None if examples_per_s is None else float(examples_per_s),
+        "test": metrics.classification(logits, labels),
+        "fidelity": metrics.fidelity(logits, teacher_logits),
+        "latency_ms": {key: float(value) for key, value in latency_ms.items()},
+        "params_sha256": params_sha256,
+    }
+
+
+def build(*, config_sha256: str, seed: int, arms: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """The whole of ``results.json`` for arms named as in ``ARMS``, with the environment of this process."""
+    results = {
+        "schema": SCHEMA,
+        "config_sha256": config_sha256,
+        "seed": int(seed),
+        "environment": environment(),
+        "arms": {name: dict(arms[name]) for name in ARMS if name in arms} | dict(arms),  # in the order of the tables
+    }
+    validate(results)
+    return results
+
+
+def write(path: str | os.PathLike[str], results: Mapping[str, Any]) -> None:
+    """Checks the contract, then writes the file whole or not at all."""
+    validate(results)
+    write_atomic(path, json.dumps(results, indent=2, allow_nan=False) + "\n")
+
+
+def load(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Reads and checks a ``results.json``; UserError if it is missing, torn, or not of this schema."""
+    try:
+        results = json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UserError(f"no results at {path}: finish a run with `kdjax distill --workdir ...` first.") from error
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}; check the path and its permissions.") from error
+    except ValueError as error:  # a JSON or an encoding error
+        raise UserError(f"{path} is not JSON ({error}): it is damaged; run the evaluation again.") from error
+    validate(results)
+    return results
+
+
+def validate(results: Any) -> None:
+    """Raises a UserError that names the first key of ``results`` that breaks the contract."""
+    _keys("results", results, {"schema", "config_sha256", "seed", "environment", "arms"})
+    if results["schema"] != SCHEMA:
+        raise UserError(
+            f"results.schema is {results['schema']!r}, this kdjax reads {SCHEMA}: use the kdjax that wrote it."
+        )
+    _sha256("results.config_sha256", results["config_sha256"])
+    _number("results.seed", results["seed"], whole=True)
+    _environment("results.environment", results["environment"])
+    arms = results["arms"]
+    if not isinstance(arms, dict) or not arms:
+        raise _wrong("results.arms", "an object with at least one arm", arms)
+    for name, arm in arms.items():
+        if name not in ARMS:
+            raise unknown("arm in results.arms", name, ARMS)
+        _arm(f"results.arms.{name}", arm)
+
+
+def latency(apply_fn: Callable[[Any], Any], example: Any, calls: int = 200) -> dict[str, float]:
+    """Times single calls of a compiled model, waiting for each: ``{"p50", "p99"}`` in milliseconds.
+
+    Args:
+        apply_fn: a jitted ``inputs -> anything`` that holds its weights on the device.
+        example: one batch of one, already on the device: a transfer is not part of the figure.
+        calls: how many are timed, after a twentieth as many (at least 3) to compile and warm up.
+    """
+    for _ in range(max(3, calls // 20)):
+        jax.block_until_ready(apply_fn(example))
+    seconds = np.empty(calls)
+    for i in range(calls):
+        start = time.perf_counter()
+        jax.block_until_ready(apply_fn(example))
+        seconds[i] = time.perf_counter() - start
+    p50, p99 = np.percentile(seconds * 1e3, [50, 99])
+    return {"p50": float(p50), "p99": float(p99)}
+
+
+# ---------------------------------------------------------------------------------------------- shown to a person
+
+
+def bytes_text(count: float) -> str:
+    """A size in bytes for a person: 1536 -> "1.5 KiB"."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024 or unit == "GiB":
+            break
+        count /= 1024
+    return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+
+
+def noise_points(accuracies: list[float], examples: int) -> float:
+    """Two binomial standard errors of the difference of two accuracies, in points.
+
+    The two are treated as independent; predictions on one test set agree more than that, so this errs on the safe side.
+    """
+    return 200 * math.sqrt(sum(p * (1 - p) for p in accuracies) / examples)
+
+
+def headline(results: Mapping[str, Any]) -> str:
+    """What the run came to, in one plain sentence (one per arm if nothing was distilled)."""
+    arms = results["arms"]
+    accuracy = {name: arm["test"]["accuracy"] for name, arm in arms.items()}
+    if "student_distilled" not in arms:
+        sentences = [
+            f"The {ARMS[name]} is right on {100 * value:.1f} % of the test set." for name, value in accuracy.items()
+        ]
+        return " ".join(sentences)
+    distilled = accuracy["student_distilled"]
+    facts = []
+    if "student_alone" in arms:
+        points = round(100 * (distilled - accuracy["student_alone"]), 1)
+        apart = f"{abs(points):.1f} points {'above' if points > 0 else 'below'}" if points else "level with"
+        facts.append(f"is {apart} the same student alone")
+    if accuracy.get("teacher"):
+        kept = 100 * distilled / accuracy["teacher"]
+        size = _share(arms["student_distilled"]["params"], arms["teacher"]["params"])
+        facts.append(f"keeps {kept:.1f} % of the teacher's accuracy with {size} parameters")
+    return f"The distilled student {' and '.join(facts) or f'is right on {100 * distilled:.1f} % of the test set'}."
+
+
+def caveat(results: Mapping[str, Any], test_examples: int) -> str:
+    """How small a difference between the two students says nothing; empty without both of them."""
+    arms = results["arms"]
+    if not {"student_alone", "student_distilled"} <= set(arms):
+        return ""
+    alone, distilled = (arms[name]["test"]["accuracy"] for name in ("student_alone", "student_distilled"))
+    noise = noise_points([alone, distilled], test_examples)
+    return (
+        f"One seed, {test_examples:,} test examples: differences below about {noise:.1f} points "
+        f"(two binomial standard errors) are noise{', as this one is' if 100 * abs(distilled - alone) < noise else ''}."
+    )
+
+
+def verdict(results: Mapping[str, Any], test_examples: int | None = None) -> str:
+    """The headline and, if the size of the test set is given, the caveat."""
+    return f"{headline(results)} {caveat(results, test_examples) if test_examples else ''}".strip()
+
+
+def rows(results: Mapping[str, Any]) -> list[tuple[str, list[str]]]:
+    """The table of a run: one row per quantity, one text per arm in the order of ``results["arms"]``."""
+    arms = list(results["arms"].values())
+    speed = lambda arm: "loaded" if arm["examples_per_s"] is None else f"{arm['examples_per_s']:,.0f}"
+    columns: dict[str, Callable[[Any], str]] = {
+        "parameters": lambda arm: f"{arm['params']:,}",
+        "weights": lambda arm: bytes_text(arm["weights_bytes"]),
+        "accuracy %": lambda arm: f"{100 * arm['test']['accuracy']:.2f}",
+        "macro F1": lambda arm: f"{arm['test']['macro_f1']:.4f}",
+        "NLL (nats)": lambda arm: f"{arm['test']['nll']:.4f}",
+        "ECE": lambda arm: f"{arm['test']['ece']:.4f}",
+        "agrees with teacher %": lambda arm: f"{100 * arm['fidelity']['agreement']:.2f}",
+        "KL(teacher ‖ arm) (nats)": lambda arm: f"{arm['fidelity']['kl']:.4f}",
+        "latency p50 (ms)": lambda arm: f"{arm['latency_ms']['p50']:.3g}",
+        "latency p99 (ms)": lambda arm: f"{arm['latency_ms']['p99']:.3g}",
+        "updates": lambda arm: f"{arm['steps']:,}",
+        "training examples/s": speed,
+    }
+    return [(label, [text(arm) for arm in arms]) for label, text in columns.items()]
+
+
+def table(results: Mapping[str, Any], test_examples: int | None = None) -> Table:
+    """The run as one table for a terminal, with the verdict below it."""
+    shown = Table(caption=verdict(results, test_examples), caption_justify="left")
+    shown.add_column("")
+    for name in results["arms"]:
+        shown.add_column(ARMS[name], justify="right", style="bold" if name == "student_distilled" else "")
+    for label, texts in rows(results):
+        shown.add_row(label, *texts)
+    return shown
+
+
+def _share(part: int, whole: int) -> str:
+    ratio = whole / max(part, 1)
+    return f"1/{ratio:.0f} of its" if ratio >= 1.5 else f"{part / max(whole, 1):.2g} times its"
+
+
+# --------------------------------------------------------------------------------------------------- the contract
+
+
+def _wrong(path: str, expected: str, value: Any) -> UserError:
+    shown = repr(value)
+    return UserError(f"{path} must be {expected}, got {shown if len(shown) < 80 else shown[:77] + '...'}.")
+
+
+def _keys(path: str, value: Any, keys: set[str], open_ended: bool = False) -> None:
+    if not isinstance(value, dict):
+        raise _wrong(path, "an object", value)
+    for key in sorted(keys - set(value)):
+        raise UserError(f"{path}.{key} is missing: results follow schema {SCHEMA} (docs/results-format.md).")
+    for key in value:
+        if key not in keys and not open_ended:
+            raise unknown(f"key in {path}", key, keys)
+
+
+def _number(path: str, value: Any, high: float = math.inf, *, whole: bool = False) -> None:
+    """A finite number from 0 to ``high``; bool, which Python counts as an int, is not a number here."""
+    kinds = (int,) if whole else (int, float)
+    if isinstance(value, bool) or not isinstance(value, kinds) or not (0 <= value <= high and math.isfinite(value)):
+        limit = "of at least 0" if high == math.inf else f"in [0, {high:g}]"
+        raise _wrong(path, f"a {'whole' if whole else 'finite'} number {limit}", value)
+
+
+def _sha256(path: str, value: Any) -> None:
+    if not isinstance(value, str) or len(value) != 64 or set(value) - set("0123456789abcdef"):
+        raise _wrong(path, "a SHA-256 digest of 64 lower-case hex digits", value)
+
+
+def _environment(path: str, value: Any) -> None:
+    texts = {"python", "platform", "cpu", "backend", "device_kind", "date"}
+    counts = {"cpu_count", "device_count", "process_count"}
+    _keys(path, value, texts | counts | {"packages", "commit"}, open_ended=True)
+    for key in sorted(texts):
+        if not isinstance(value[key], str):
+            raise _wrong(f"{path}.{key}", "a string", value[key])
+    for key in sorted(counts):
+        _number(f"{path}.{key}", value[key], whole=True)
+    if not isinstance(value["packages"], dict):
+        raise _wrong(f"{path}.packages", "an object of versions", value["packages"])
+
+
+def _arm(path: str, arm: Any) -> None:
+    parts = {
+        "test": ("accuracy", "macro_f1", "nll", "ece"),
+        "fidelity": ("agreement", "kl"),
+        "latency_ms": ("p50", "p99"),
+    }
+    counts = ("params", "weights_bytes", "steps")
+    _keys(path, arm, {*counts, "examples_per_s", "params_sha256", *parts})
+    for key in counts:
+        _number(f"{path}.{key}", arm[key], whole=True)
+    if arm["examples_per_s"] is not None:
+        _number(f"{path}.examples_per_s", arm["examples_per_s"])
+    for part, keys in parts.items():
+        _keys(f"{path}.{part}", arm[part], set(keys))
+        for key in keys:
+            high = 1.0 if key in ("accuracy", "macro_f1", "ece", "agreement") else math.inf
+            _number(f"{path}.{part}.{key}", arm[part][key], high)
+    _sha256(f"{path}.params_sha256", arm["params_sha256"])
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _cpu_model() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine() or "unknown"
+
+
+def _commit() -> str | None:
+    """The commit of the checkout that kdjax runs from ("-dirty" if changed since); None outside of one."""
+    root = Path(__file__).resolve().parents[1]
+    if not (root / ".git").exists():  # a package in site-packages below somebody else's repository is not a checkout
+        return None
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        found = subprocess.run(
+            command, capture_output=True, text=True, timeout=10, env={**os.environ, "GIT_OPTIONAL_LOCKS": "0"}
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return found.stdout.strip() or None if found.returncode == 0 else None

@@ -1,0 +1,98 @@
+"""Where arrays live: the mesh, and ordered (regex, tactic) rules from a parameter's path to its sharding."""
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from kdjax.errors import UserError, unknown
+from kdjax.model import flatten_paths
+
+Rules = Sequence[tuple[str, str]]
+TACTICS = ("replicate", "fsdp")
+_SMALLEST_SHARDED = 2**14  # elements; a smaller array costs more to gather than to keep
+
+
+def make_mesh(axes: Mapping[str, int]) -> Mesh:
+    """The device mesh, such as ``{"data": -1, "fsdp": 1}``; one axis may be -1 for all devices that are left.
+
+    Batches are split over every axis; parameters over ``fsdp``, where a rule says so.
+
+    Raises:
+      UserError: the sizes do not fit the number of devices.
+    """
+    devices = jax.devices()
+    sizes = dict(axes)
+    free = [name for name, size in sizes.items() if size == -1]
+    fixed = math.prod(size for size in sizes.values() if size != -1)
+    if len(free) > 1 or any(size < 1 and size != -1 for size in sizes.values()):
+        raise UserError(f"mesh {sizes}: sizes are 1 or more, and at most one may be -1 (all devices that are left).")
+    if free:
+        sizes[free[0]] = max(len(devices) // fixed, 1)
+    total = math.prod(sizes.values())
+    if total > len(devices):
+        raise UserError(f"mesh {dict(axes)} needs {total} devices and there are {len(devices)}: make an axis smaller.")
+    if total < len(devices) and jax.process_count() > 1:
+        raise UserError(f"mesh {dict(axes)} uses {total} of {len(devices)} devices: over processes it must use all.")
+    # Auto axes: the compiler places the collectives; JAX's default changed to Explicit.
+    kinds = (AxisType.Auto,) * len(sizes)
+    return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=kinds, devices=devices[:total])
+
+
+def over_batch(mesh: Mesh) -> NamedSharding:
+    """Splits the leading dimension over every axis of the mesh."""
+    return NamedSharding(mesh, PartitionSpec(mesh.axis_names))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """A whole copy on every device."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def by_rules(tree: Any, mesh: Mesh, rules: Rules) -> Any:
+    """The sharding of every leaf of a tree of arrays or shapes: the tactic of the first rule whose regex is found in its path.
+
+    ``"replicate"`` keeps a copy on each device; ``"fsdp"`` splits the largest dimension that the ``fsdp`` axis divides. An
+    optimiser's moments carry the path of their parameter, so they follow it.
+
+    Raises:
+      UserError: an unknown tactic, or a parameter that no rule speaks of.
+    """
+    for _, tactic in rules:
+        if tactic not in TACTICS:
+            raise unknown("sharding tactic", tactic, TACTICS)
+    chosen = {}
+    for path, leaf in flatten_paths(tree).items():
+        tactic = next((tactic for pattern, tactic in rules if re.search(pattern, path)), None)
+        if tactic is None:
+            raise UserError(f'no sharding rule speaks of {path}: end the rules with (".*", "replicate").')
+        chosen[path] = NamedSharding(mesh, _fsdp(leaf.shape, mesh) if tactic == "fsdp" else PartitionSpec())
+    leaves, structure = jax.tree_util.tree_flatten_with_path(tree)
+    return structure.unflatten(chosen[jax.tree_util.keystr(path, simple=True, separator="/")] for path, _ in leaves)
+
+
+def put_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
+    """Puts this process's share of a batch on its devices, as global arrays split over the mesh."""
+    sharding = over_batch(mesh)
+    return {name: jax.make_array_from_process_local_data(sharding, value) for name, value in batch.items()}
+
+
+def check_batch(batch_size: int, mesh: Mesh, accumulate: int = 1, what: str = "data.batch_size") -> None:
+    """Raises a UserError where the mesh, times the parts of gradient accumulation, does not divide the global batch."""
+    if batch_size < 1 or batch_size % (mesh.size * accumulate):
+        parts = f" times train.accumulate={accumulate}" if accumulate > 1 else ""
+        near = max(round(batch_size / (mesh.size * accumulate)), 1) * mesh.size * accumulate
+        raise UserError(f"{what}={batch_size} is not divisible by the mesh's {mesh.size} devices{parts}: try {near}.")
+
+
+def _fsdp(shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
+    ways = mesh.shape.get("fsdp", 1)
+    divisible = [axis for axis, size in enumerate(shape) if size % ways == 0]
+    if ways == 1 or math.prod(shape) < _SMALLEST_SHARDED or not divisible:
+        return PartitionSpec()
+    largest = max(divisible, key=lambda axis: shape[axis])
+    return PartitionSpec(*(("fsdp" if axis == largest else None) for axis in range(len(shape))))
