@@ -45,6 +45,14 @@ class Term(NamedTuple):
 
 
 _SOFT = {"temperature": 1.0}
+# Where each option makes sense. The losses see traced values, so this is the only place that can refuse one.
+_RANGES: dict[str, tuple[str, Callable[[float], bool]]] = {
+    "weight": ("0 or more", lambda value: value >= 0),
+    "temperature": ("above 0", lambda value: value > 0),
+    "beta": ("between 0 and 1, without the ends", lambda value: 0 < value < 1),
+    "skew": ("from 0 to less than 1", lambda value: 0 <= value < 1),
+    "label_smoothing": ("from 0 to less than 1", lambda value: 0 <= value < 1),
+}
 TERMS: dict[str, Term] = {
     "ce": Term(losses.cross_entropy, {"label_smoothing": 0.0}, on_labels=True),
     "kl": Term(losses.kl, _SOFT),
@@ -89,6 +97,8 @@ def make_objective(
         values = {"weight": 1.0, **TERMS[name].options, **options}
         if values["weight"] == 0:
             continue
+        for option, value in values.items():
+            _check_range(f"losses.{name}.{option}", option, value)
         active[name] = TERMS[name]
         hparams |= {f"{name}.{option}": value for option, value in values.items()}
     if not active:
@@ -124,10 +134,25 @@ def make_objective(
     return Objective(hparams, counts, loss, uses_teacher)
 
 
+def _check_range(path: str, option: str, spec: Any) -> None:
+    """Refuses a number, or a schedule that passes through one, for which the loss has no meaning."""
+    numbers = [spec]
+    if isinstance(spec, Mapping):
+        numbers = [spec[key] for key in ("init", "end", "value") if key in spec] + list(spec.get("values", ()))
+        if spec.get("schedule") == "cosine":
+            numbers.append(spec.get("end", 0.0))
+        if any(key.startswith("warmup_") and key != "warmup_init" for key in spec):
+            numbers.append(spec.get("warmup_init", 0.0))
+    allowed, holds = _RANGES[option]
+    for number in numbers:
+        if isinstance(number, int | float) and not holds(number):
+            raise UserError(f"{path} is {number} and should be {allowed} (at every step, where it is a schedule).")
+
+
 def combine_teachers(logits: Sequence[Array], weights: Sequence[Any], how: str, temperature: Any = 1.0) -> Array:
     """Several teachers' logits as one, by weights that need not sum to 1; see ``losses.combine_logits``."""
     shares = jnp.stack([jnp.asarray(weight, jnp.float32) for weight in weights])
-    return losses.combine_logits(logits, shares / jnp.sum(shares), how=how, temperature=temperature)
+    return losses.combine_logits(logits, shares, how=how, temperature=temperature)
 
 
 def _teacher_logits(teachers: Mapping[str, Outputs], hparams: Hparams, how: str, temperature: Any) -> Array:

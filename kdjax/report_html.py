@@ -59,7 +59,7 @@ figure svg { display: block; width: 100%; height: auto; }
   background: var(--c); margin-right: .45em;
 }
 .note { color: var(--muted); font-size: 14px; margin: 14px 0 0; max-width: 80ch; }
-.scroll { overflow-x: auto; }
+.scroll { overflow-x: auto; } .note + .scroll { margin-top: 14px; }
 table { border-collapse: collapse; width: 100%; font-size: 15px; font-variant-numeric: tabular-nums; }
 th, td { padding: 9px 18px; text-align: right; white-space: nowrap; }
 th { font-size: 13px; font-weight: 600; border-bottom: 1px solid var(--rule); }
@@ -101,6 +101,10 @@ code { font: 12.5px ui-monospace, "SF Mono", Menlo, Consolas, monospace; overflo
   * { print-color-adjust: exact; -webkit-print-color-adjust: exact; }
   body { font-size: 11pt; } main { max-width: none; padding: 0; }
   details::details-content { content-visibility: visible; height: auto; }
+  .grid { grid-template-columns: repeat(2, minmax(0, 1fr)); }
+  .grid.three { grid-template-columns: repeat(3, minmax(0, 1fr)); }
+  .cards { grid-template-columns: repeat(5, minmax(0, 1fr)); }
+  .card { padding: 10px; } .card strong { font-size: 20px; }
   .scroll { overflow: visible; } pre { white-space: pre-wrap; }
   h2, figcaption { break-after: avoid; } tr, .card { break-inside: avoid; }
 }

@@ -6,6 +6,7 @@ or dark theme of the page. Text stays text, in the font of the page.
 
 import io
 import re
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from html import escape
 from typing import Any
@@ -84,7 +85,7 @@ def dots(names: Sequence[str], values: Mapping[str, Any], *, title: str) -> str:
         rows = np.arange(len(names))
         table = 100 * np.array([np.asarray(v, float) for v in values.values()])
         axes.hlines(rows, table.min(0), table.max(0), color=_HEX["rule"], linewidth=2.5)
-        shifts = 0.17 * (np.arange(len(values)) - (len(values) - 1) / 2)  # equal values stay visible
+        shifts = 0.13 * (np.arange(len(values)) - (len(values) - 1) / 2)  # equal values stay visible
         for arm, x, shift in zip(values, table, shifts, strict=True):
             axes.scatter(x, rows + shift, s=26, color=_HEX[arm], zorder=2, linewidths=0)
         axes.set_yticks(rows, [_short(name) for name in names], color=_HEX["ink"])
@@ -154,7 +155,9 @@ def _svg(width: float, height: float, title: str, draw: Callable[[Any], None]) -
     import matplotlib  # 0.9 s to import: only where a report is written
     from matplotlib.figure import Figure
 
-    with matplotlib.rc_context({**_STYLE, "svg.hashsalt": title}):  # ids differ between plots, not between runs
+    # The salt makes ids differ between plots, not between runs. Glyphs come from the reader's fonts, not from ours.
+    with matplotlib.rc_context({**_STYLE, "svg.hashsalt": title}), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing")
         figure = Figure(figsize=(width, height), layout="constrained")
         draw(figure.add_subplot())
         figure.patch.set_visible(False)

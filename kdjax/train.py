@@ -272,7 +272,7 @@ class _Log:
         kept = checkpoints.latest_step() if checkpoints else None
         remedy = f"the last good checkpoint is step {kept} in {checkpoints.folder}" if kept else "no checkpoint was written before"
         raise UserError(
-            f"{self.arm.name} is not finite at step {number} (first in {', '.join(terms)}); {remedy}: lower "
+            f"{self.arm.name} is not finite at step {number} (in {', '.join(terms)}); {remedy}: lower "
             "optimizer.learning_rate, set optimizer.clip_norm, or look at the data of that step."
         )
 

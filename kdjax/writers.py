@@ -10,9 +10,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
-from rich.console import Console
-from rich.progress import BarColumn, TaskID, TextColumn, TimeRemainingColumn
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
+from rich.text import Text
 
 from kdjax.errors import UserError
 
@@ -170,8 +172,15 @@ class Progress:
         self._arm, self._total, self._start_step = arm, total_steps, start_step
         self._stream = stream or sys.stderr
         self._every_s = every_s
-        self._bar: RichProgress | None = None
-        self._task = TaskID(0)
+        self._bar = RichProgress(
+            TextColumn("{task.description}", markup=False),
+            BarColumn(bar_width=None),
+            TextColumn("{task.completed:,.0f}/{task.total:,.0f}", markup=False),
+            TimeRemainingColumn(compact=True),
+            expand=True,
+        )
+        self._task = self._bar.add_task(arm, total=total_steps, completed=start_step)
+        self._live: Live | None = None
         self._began = time.monotonic()
         self._next = 0.0  # when the display is due again
         self._last: tuple[int, dict[str, float], float] | None = None
@@ -190,7 +199,7 @@ class Progress:
         self._last = (step, dict(metrics), examples_per_s)
         now = time.monotonic()
         if not self._broken and (now >= self._next or step >= self._total):
-            self._next = now + (0.2 if self._bar else self._every_s)
+            self._next = now + (0.2 if self._live else self._every_s)
             self._guard(self._show)
 
     def _guard(self, action: Any) -> None:
@@ -205,18 +214,9 @@ class Progress:
     def _open(self) -> None:
         console = _Console(file=self._stream)
         if console.is_terminal and not console.is_dumb_terminal:
-            self._bar = RichProgress(
-                TextColumn("{task.description}", markup=False),
-                BarColumn(bar_width=None),
-                TextColumn("{task.completed:,.0f}/{task.total:,.0f}", markup=False),
-                TimeRemainingColumn(compact=True),
-                TextColumn("{task.fields[note]}", markup=False),
-                console=console,
-                auto_refresh=False,  # no thread beside the training loop: update() paints
-                expand=True,
-            )
-            self._task = self._bar.add_task(self._arm, total=self._total, completed=self._start_step, note="compiling")
-            self._bar.start()
+            # No thread beside the training loop: update() paints.
+            self._live = Live(self._screen("compiling"), console=console, auto_refresh=False)
+            self._live.start(refresh=True)
         else:
             resumed = f", from {self._start_step:,}" if self._start_step else ""
             print(f"{self._arm}: {self._total:,} steps{resumed}", file=self._stream, flush=True)
@@ -227,9 +227,9 @@ class Progress:
         step, metrics, examples_per_s = self._last
         parts = " ".join(f"{name} {value:.4g}" for name, value in metrics.items())
         note = f"{examples_per_s:,.0f} examples/s  {parts}" if examples_per_s else parts  # 0: not measured yet
-        if self._bar:
-            self._bar.update(self._task, completed=step, note=note)
-            self._bar.refresh()
+        if self._live:
+            self._bar.update(self._task, completed=step)
+            self._live.update(self._screen(note), refresh=True)
         elif step != self._shown_step:
             print(
                 f"{self._arm}: step {step:,}/{self._total:,}  {note}  {self._eta(step)}", file=self._stream, flush=True
@@ -247,9 +247,12 @@ class Progress:
         finally:
             self._stop()
 
+    def _screen(self, note: str) -> Group:
+        return Group(self._bar, Text(note, style="dim", no_wrap=True, overflow="ellipsis"))
+
     def _stop(self) -> None:
-        if self._bar:
-            self._bar.stop()
+        if self._live:
+            self._live.stop()
 
 
 def _plain(value: Any) -> Any:

@@ -158,18 +158,25 @@ def test_progress_is_cheap(monkeypatch):
 
 
 @pytest.mark.parametrize("kind", [io.StringIO, Terminal])
-def test_progress_survives_a_terminal_that_goes_away(kind, monkeypatch):
+@pytest.mark.parametrize("writes", [0, 1, 3])
+def test_progress_survives_a_terminal_that_goes_away(kind, writes, monkeypatch):
     monkeypatch.setenv("TERM", "xterm-256color")
-
     before = sys.stdout, sys.stderr
 
     class Gone(kind):
-        def write(self, text):
-            raise BrokenPipeError
+        left = writes
 
-    with Progress("teacher", 10, stream=Gone()) as progress:
+        def write(self, text):
+            self.left -= 1
+            if self.left < 0:
+                raise BrokenPipeError
+            return super().write(text)
+
+    with Progress("teacher", 10, stream=Gone(), every_s=0.0) as progress:
         for step in range(11):
             progress.update(step, {"loss": float("nan")}, 0.0)
+            progress._next = 0.0
+        assert (sys.stdout, sys.stderr) == before  # what the user prints next must not go to the broken terminal
     assert (sys.stdout, sys.stderr) == before
 
 

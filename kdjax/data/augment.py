@@ -6,6 +6,7 @@ again at any time, by any number of devices, and a cached teacher signal can ref
 Dimensions: b batch, h height, w width, c channels.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -68,14 +69,14 @@ def make(
 
     In this order, and each off where absent or 0:
 
-    - ``random_resized_crop``: the smallest share of the area that is cut out, with an aspect of 3/4 to 4/3, and scaled to
-      the whole (Szegedy et al. 2015, section 6);
-    - ``crop_padding``: pixels of black around the image before one of its size is cut out (He et al. 2016, section 4.2);
+    - ``random_resized_crop``: the smallest share of the area that is cut out, with an aspect of 3/4 to 4/3, and scaled
+      to the whole (Szegedy et al. 2015, section 6);
+    - ``crop_padding``: pixels of black around the image, before one of its size is cut out (He et al. 2016, 4.2);
     - ``flip``: left to right, every second time;
-    - ``randaugment``: ``layers`` operations of strength ``magnitude`` (0 to 30), drawn per example from the 11 of
-      Cubuk et al. 2020 that need no histogram. All geometric ones are done in one bilinear resampling, then the colours;
-    - ``mixup``, ``cutmix``: the α of Beta(α, α) (Zhang et al. 2018, equation 1; Yun et al. 2019, equations 1 and 2). The
-      partner is the next example of the batch. Where both are on, each example gets one of them, evenly.
+    - ``randaugment``: ``layers`` operations of strength ``magnitude`` (0 to 30), drawn per example from 11 of those of
+      Cubuk et al. 2020. All geometric ones are done in one bilinear resampling, and then the colours;
+    - ``mixup``, ``cutmix``: the α of Beta(α, α) (Zhang et al. 2018, equation 1; Yun et al. 2019, equations 1 and 2).
+      The partner is the next example of the batch. Where both are on, each example gets one of them, evenly.
 
     Args:
       config_augment: ``config.data.augment``.
@@ -84,9 +85,9 @@ def make(
       std: what it divided by.
 
     Returns:
-      The function. It needs ``inputs`` [b, h, w, c], ``id`` and ``epoch`` [b], and gives the batch with new inputs. With
-      mixup or cutmix it needs ``labels`` and adds ``mixed_labels`` int32 [b], the partners' labels, and ``mix`` float32
-      [b]: the target is ``mix * onehot(labels) + (1 - mix) * onehot(mixed_labels)``. Either label may be -1
+      The function. It needs ``inputs`` [b, h, w, c], ``id`` and ``epoch`` [b], and gives the batch with new inputs.
+      With mixup or cutmix it needs ``labels`` and adds ``mixed_labels`` int32 [b], the partners' labels, and ``mix``
+      float32 [b]: the target is ``mix * onehot(labels) + (1 - mix) * onehot(mixed_labels)``. Either label may be -1
       (unlabelled): the consumer decides what half a target is worth.
 
     Raises:
@@ -115,10 +116,12 @@ def _options(config_augment: Mapping[str, Any], image_shape: Sequence[int]) -> d
         if name not in OFF["randaugment"]:
             raise unknown("option of randaugment", name, OFF["randaugment"])
     options["randaugment"] = randaugment
-    for name, highest in (("random_resized_crop", 1.0), ("crop_padding", None), ("mixup", None), ("cutmix", None)):
-        _check_range(name, options[name], highest)
-    _check_range("randaugment.layers", randaugment["layers"], None)
-    _check_range("randaugment.magnitude", randaugment["magnitude"], _STRONGEST)
+    _check_number("random_resized_crop", options["random_resized_crop"], 1.0)
+    _check_number("crop_padding", options["crop_padding"], whole=True)
+    _check_number("randaugment.layers", randaugment["layers"], whole=True)
+    _check_number("randaugment.magnitude", randaugment["magnitude"], _STRONGEST)
+    _check_number("mixup", options["mixup"])
+    _check_number("cutmix", options["cutmix"])
     wanted = [name for name in OFF if (randaugment["layers"] if name == "randaugment" else options[name])]
     if wanted and len(image_shape) != 3:
         raise UserError(
@@ -127,16 +130,17 @@ def _options(config_augment: Mapping[str, Any], image_shape: Sequence[int]) -> d
     return options
 
 
-def _check_range(name: str, value: Any, highest: float | None) -> None:
-    if not 0 <= value <= (float("inf") if highest is None else highest):
-        to = "or more" if highest is None else f"to {highest:g}"
-        raise UserError(f"data.augment.{name} is {value}: give 0 (off) {to}.")
+def _check_number(name: str, value: Any, highest: float = math.inf, whole: bool = False) -> None:
+    if not isinstance(value, int if whole else int | float) or not 0 <= value <= highest:
+        upto = "" if highest == math.inf else f" of at most {highest:g}"
+        kind = "whole number" if whole else "number"
+        raise UserError(f"data.augment.{name} is {value!r}: give a {kind}{upto}, 0 for off.")
 
 
 def _views(
     options: Mapping[str, Any], image_shape: Sequence[int], mean: Sequence[float], std: Sequence[float]
 ) -> dict[int, View]:
-    """What is done to single images, in order, by a number that keys it: switching one on leaves the others' draws."""
+    """What is done to single images, in order, by the number that keys each: one more leaves the others' draws."""
     views: dict[int, View] = {}
     if smallest := options["random_resized_crop"]:
         views[1] = lambda key, image: _resized_crop(key, image, smallest)
@@ -189,7 +193,8 @@ def _randaugment(
     raw = image * std_hwc + mean_hwc  # colours are defined on 0 (black) to 1 (white), and black fills what moves in
     matrix = jnp.eye(3)
     for layer in range(layers):
-        matrix = matrix @ _affine(choices[layer], signs[layer] * strength, image.shape)
+        step = _affine(choices[layer], signs[layer] * strength, image.shape)
+        matrix = jnp.matmul(matrix, step, precision="highest")
     raw = _resample(raw, matrix)
     for layer in range(layers):
         raw = _colour(raw, choices[layer], signs[layer], strength)
@@ -198,22 +203,25 @@ def _randaugment(
 
 
 def _affine(choice: Array, amount: Array, shape: Sequence[int]) -> Array:
-    """The 3 x 3 map of (y, x, 1), from the centre, from an output's place to the input's; the strongest as in the paper."""
-    is_ = lambda name: choice == _OPERATIONS.index(name)
-    when = lambda name, value: jnp.where(is_(name), value, 0.0)
-    angle = when("rotate", amount * jnp.pi / 6)
-    shear_x, shear_y = when("shear_x", amount * 0.3), when("shear_y", amount * 0.3)
-    move_y, move_x = when("translate_y", amount * shape[0] * 0.45), when("translate_x", amount * shape[1] * 0.45)
+    """The 3 x 3 map of (y, x, 1), counted from the centre, from a place in the output to where it is read.
+
+    At amount 1 or -1 it is as strong as Cubuk et al. 2020 have it: 30 degrees, a shear of 0.3, 0.45 of the size.
+    """
+    amount_of = lambda name: jnp.where(choice == _OPERATIONS.index(name), amount, 0.0)
+    angle = amount_of("rotate") * (jnp.pi / 6)
     cos, sin = jnp.cos(angle), jnp.sin(angle)
-    rows = [[cos, sin + shear_y, move_y], [shear_x - sin, cos, move_x], [0.0, 0.0, 1.0]]
-    return jnp.stack([jnp.stack([jnp.asarray(value, jnp.float32) for value in row]) for row in rows])
+    row_y = jnp.stack([cos, sin + 0.3 * amount_of("shear_y"), 0.45 * shape[0] * amount_of("translate_y")])
+    row_x = jnp.stack([0.3 * amount_of("shear_x") - sin, cos, 0.45 * shape[1] * amount_of("translate_x")])
+    return jnp.stack([row_y, row_x, jnp.array([0.0, 0.0, 1.0])])
 
 
 def _resample(image: Array, matrix: Array) -> Array:
     height, width, _ = image.shape
-    centre = jnp.array([(height - 1) / 2, (width - 1) / 2])[:, None]
-    grid = jnp.stack([axis.ravel() for axis in jnp.mgrid[:height, :width]]).astype(jnp.float32) - centre
-    coordinates = (matrix[:2, :2] @ grid + matrix[:2, 2:] + centre).reshape(2, height, width)
+    centre = np.array([[(height - 1) / 2], [(width - 1) / 2]], np.float32)
+    grid = np.indices((height, width), np.float32).reshape(2, -1) - centre
+    # Full precision: places rounded to bfloat16 or TF32, accelerators' default, would be off by a pixel.
+    coordinates = jnp.matmul(matrix[:2, :2], grid, precision="highest") + matrix[:2, 2:] + centre
+    coordinates = coordinates.reshape(2, height, width)
     take = lambda plane: jax.scipy.ndimage.map_coordinates(plane, list(coordinates), order=1, mode="constant")
     return jax.vmap(take, in_axes=2, out_axes=2)(image)
 
@@ -244,7 +252,7 @@ def _mix(batch: Batch, keys: Array, mixup: float, cutmix: float) -> Batch:
 
 
 def _mix_weights(key: Array, size: Sequence[int], mixup: float, cutmix: float) -> tuple[Array, Array]:
-    """How much of each pixel is the example's own ([h, w, 1], or [1, 1, 1] without cutmix), and the same of the label."""
+    """How much of each pixel ([h, w, 1], or [1, 1, 1] without cutmix) and of the target is the example's own."""
     which_key, mixup_key, cutmix_key, place_key = jax.random.split(key, 4)
     if mixup:
         share = jax.random.beta(mixup_key, mixup, mixup)

@@ -289,9 +289,7 @@ def _check_finite(inputs: NDArray[Any], name: str, where: str) -> None:
         part = inputs[first : first + _CHUNK].reshape(len(inputs[first : first + _CHUNK]), -1)
         bad = np.flatnonzero(~np.isfinite(part).all(axis=1))
         if bad.size:
-            raise UserError(
-                f"example {first + bad[0]} of {name}'s {where} split has NaN or Inf in its inputs: remove or mend it."
-            )
+            raise UserError(f"example {first + bad[0]} of {name}'s {where} split holds NaN or Inf: remove or mend it.")
 
 
 SOURCES: dict[str, Callable[..., Dataset]] = {"digits": _digits, "synthetic": _synthetic}

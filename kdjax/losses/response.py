@@ -80,7 +80,7 @@ def kl(student_logits: Array, teacher_logits: Array, *, temperature: Scalar = 1.
         UserError: shapes differ, or an unknown direction.
 
     Source: Hinton et al. 2015, "Distilling the Knowledge in a Neural Network", section 2 (forward); Gu et al. 2024,
-    "MiniLLM", eq. 2 (reverse).
+    "MiniLLM", section 2.1 (reverse).
     """
     log_ps, log_pt = _log_softmax_pair(student_logits, teacher_logits, temperature)
     if direction == "forward":
@@ -115,7 +115,7 @@ def jensen_shannon(
     Raises:
         UserError: shapes differ.
 
-    Source: Agarwal et al. 2024, "On-Policy Distillation of Language Models" (GKD), eq. 1.
+    Source: Agarwal et al. 2024, "On-Policy Distillation of Language Models" (GKD), section 2.
     """
     log_ps, log_pt = _log_softmax_pair(student_logits, teacher_logits, temperature)
     log_m = _log_mixture(log_pt, log_ps, beta)
@@ -211,8 +211,7 @@ def combine_logits(
     Raises:
         UserError: no teacher, shapes or counts that differ, or an unknown `how`.
 
-    Source: Hinton et al. 2015, section 1 (arithmetic or geometric mean of an ensemble); You et al. 2017, "Learning
-    from Multiple Teacher Networks", eq. 5.
+    Source: Hinton et al. 2015, section 1 (arithmetic or geometric mean of an ensemble's distributions).
     """
     weights_n = jnp.asarray(weights, jnp.float32)
     if not teacher_logits or weights_n.shape != (len(teacher_logits),):

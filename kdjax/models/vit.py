@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from kdjax.errors import UserError
-from kdjax.models.layers import LayerNorm, attention, classifier, dropout_layer, narrow
+from kdjax.models.layers import LayerNorm, attention, classifier, dense, dropout_layer, gelu, narrow
 
 Array = jax.Array
 
@@ -17,26 +17,24 @@ class Attention(nnx.Module):
 
     def __init__(self, width: int, heads: int, *, dtype: Any, rngs: nnx.Rngs):
         self.heads = heads
-        self.qkv = nnx.Linear(width, 3 * width, kernel_init=narrow, dtype=dtype, rngs=rngs)
-        self.out = nnx.Linear(width, width, kernel_init=narrow, dtype=dtype, rngs=rngs)
+        self.qkv = dense(width, 3 * width, dtype=dtype, rngs=rngs)
+        self.out = dense(width, width, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: Array) -> Array:
         """Tokens [b, t, width] to [b, t, width]."""
-        batch, tokens, width = x.shape
-        q, k, v = jnp.split(self.qkv(x).reshape(batch, tokens, 3 * self.heads, width // self.heads), 3, axis=2)
-        return self.out(attention(q, k, v).reshape(batch, tokens, width))
+        return self.out(attention(self.qkv(x), self.heads))
 
 
 class Feedforward(nnx.Module):
     """Two dense layers with the exact GELU (erf) between them."""
 
     def __init__(self, width: int, hidden: int, *, dtype: Any, rngs: nnx.Rngs):
-        self.up = nnx.Linear(width, hidden, kernel_init=narrow, dtype=dtype, rngs=rngs)
-        self.down = nnx.Linear(hidden, width, kernel_init=narrow, dtype=dtype, rngs=rngs)
+        self.up = dense(width, hidden, dtype=dtype, rngs=rngs)
+        self.down = dense(hidden, width, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: Array) -> Array:
         """Tokens [b, t, width] to [b, t, width]."""
-        return self.down(nnx.gelu(self.up(x), approximate=False))
+        return self.down(gelu(self.up(x)))
 
 
 class Block(nnx.Module):

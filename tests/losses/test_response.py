@@ -112,7 +112,7 @@ def test_three_classes_by_hand_fix_the_direction():
     np.testing.assert_allclose(losses.kl(other, teacher, direction="reverse"), 0.05663301226, rtol=1e-5)
 
 
-@pytest.mark.parametrize("classes", [3, 1000, 50_000])
+@pytest.mark.parametrize("classes", [3, 50_000])
 def test_equal_models_give_no_loss_and_no_gradient_under_jit_in_bfloat16(classes):
     logits = jnp.asarray(some_logits(4, (4, classes), 8.0), jnp.bfloat16)
     for name, loss in every_loss(logits, logits, 2.0).items():

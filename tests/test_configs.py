@@ -1,0 +1,151 @@
+"""Every config file and variant: it resolves, and its step compiles and runs on data of the right shape."""
+
+import importlib.util
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from kdjax import config as configs, experiment as experiments, sharding, train
+from kdjax.errors import UserError
+from kdjax.model import parameter_count
+
+FOLDER = Path(__file__).parents[1] / "configs"
+FILES = sorted(path.stem for path in FOLDER.glob("*.py"))
+VARIANTS = {
+    "digits": ["", "quick", "labels10", "two_stage"],
+    "fashion_mnist": ["", "quick"],
+    "cifar100": ["", "res56_res20", "res32x4_res8x4", "wrn40_2_wrn16_2"],
+    "imagenet_r34_r18": [""],
+    "imagenet_patient_teacher": [""],
+}
+ALL = [(name, variant) for name in FILES for variant in VARIANTS[name]]
+# What stands in for data that is not at hand: (image shape, classes).
+SHAPES = {
+    "digits": ((8, 8, 1), 10),
+    "fashion_mnist": ((28, 28, 1), 10),
+    "cifar100": ((32, 32, 3), 100),
+    "imagenet_r34_r18": ((224, 224, 3), 1000),
+    "imagenet_patient_teacher": ((224, 224, 3), 1000),
+}
+
+
+def load(name):
+    spec = importlib.util.spec_from_file_location(f"config_{name}", FOLDER / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def on_synthetic(name, variant, batch=8):
+    """The experiment of a config file as it is, on 16 synthetic images and one device."""
+    shape, classes = SHAPES[name]
+    words = [
+        "data.name=synthetic",
+        f"data.options={{'shape': {shape}, 'classes': {classes}, 'examples': 16}}",
+        f"data.batch_size={batch}",
+        f"data.eval_batch_size={batch}",
+        "mesh.data=1",
+    ]
+    return experiments.prepare(configs.override(load(name).get_config(variant), words))
+
+
+def test_every_file_is_listed_with_its_variants():
+    assert set(VARIANTS) == set(FILES)
+    for name in FILES:
+        declared = set(getattr(load(name), "VARIANTS", ()))
+        assert declared <= set(VARIANTS[name]), name
+
+
+@pytest.mark.parametrize(("name", "variant"), ALL)
+def test_resolves_under_its_own_name(name, variant):
+    config = configs.resolve(load(name).get_config(variant))
+    assert config.data.name == ("digits" if name == "digits" else f"tfds:{config.data.name.partition(':')[2]}")
+    assert configs.sha256(config) == configs.sha256(configs.resolve(load(name).get_config(variant)))
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_unknown_variant_is_refused(name):
+    with pytest.raises(UserError, match="no_such_variant") as caught:
+        load(name).get_config("no_such_variant")
+    for variant in filter(None, VARIANTS[name]):
+        assert variant in str(caught.value)
+
+
+def test_variants_differ():
+    for name in FILES:
+        hashes = {v: configs.sha256(configs.resolve(load(name).get_config(v))) for v in VARIANTS[name]}
+        named = {hashes[v] for v in VARIANTS[name] if v}
+        assert len(named) == sum(map(bool, VARIANTS[name])), name
+
+
+# A pair whose steps are run here costs seconds, so the largest stand for their kind: each config is stepped once.
+@pytest.mark.parametrize(("name", "variant"), [pair for pair in ALL if pair[1] != "quick" and pair != ("cifar100", "")])
+def test_two_steps_on_data_of_its_shape(name, variant):
+    experiment = on_synthetic(name, variant)
+    mesh = experiment.mesh
+    teacher = jax.jit(experiment.teachers["teacher"].init)(jax.random.key(0))
+    arm = experiments.make_arm(experiment, "student_distilled", {"teacher": jax.device_get(teacher)})
+    state = train.fresh_state(arm, mesh)
+    before = jax.device_get(state.params)
+    shardings = jax.tree.map(lambda x: x.sharding, state)
+    stage = arm.stages[0]
+    batches = arm.batches(0)
+    args = (
+        jax.device_put(teacher_by_name(teacher), sharding.replicated(mesh)),
+        sharding.put_batch(next(batches), mesh),
+        jax.device_put(stage.hparams, sharding.replicated(mesh)),
+    )
+    step, names = train.compile_step(stage.step, mesh, shardings, state, *args)
+    for _ in range(2):
+        state, packed = step(state, *args)
+        sums, counts = jax.device_get(packed)
+        assert np.isfinite(sums).all()
+        assert sums[names.index("loss")] > 0
+        assert "kl" in names
+        assert counts[names.index("kl")] == 8
+    after = jax.device_get(state.params)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(after))
+    # A warm-up's first step may have rate 0, so it is two steps that must move every kernel.
+    moved = [np.any(a != b) for a, b in zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True) if a.ndim > 1]
+    assert all(moved)
+
+
+def teacher_by_name(variables):
+    return {"teacher": variables}
+
+
+@pytest.mark.parametrize("name", ["digits", "fashion_mnist"])
+def test_student_is_small(name):
+    experiment = on_synthetic(name, "")
+    sizes = [
+        parameter_count(jax.eval_shape(model.init, jax.random.key(0))["params"])
+        for model in (experiment.teachers["teacher"], experiment.student)
+    ]
+    assert sizes[1] * (20 if name == "fashion_mnist" else 10) <= sizes[0]
+
+
+def test_labels10_hides_nine_labels_of_ten_from_the_students_only():
+    experiment = experiments.prepare(configs.override(load("digits").get_config("labels10"), ["mesh.data=1"]))
+    assert 0.09 < np.mean(experiment.student_train.labels >= 0) < 0.11
+    assert np.all(experiment.dataset.train.labels >= 0)
+
+
+def test_two_stage_has_two_stages_for_the_distilled_student_only():
+    experiment = experiments.prepare(configs.override(load("digits").get_config("two_stage"), ["mesh.data=1"]))
+    distilled = experiments.make_arm(experiment, "student_distilled")
+    alone = experiments.make_arm(experiment, "student_alone")
+    assert [len(distilled.stages), len(alone.stages)] == [2, 1]
+    first, second = distilled.stages
+    assert first.start == 0 and first.stop == second.start and second.stop == alone.stages[-1].stop
+    assert {"kl.weight", "kl.temperature"} <= set(first.hparams) and "ce.weight" not in first.hparams
+    assert "ce.weight" in second.hparams and "kl.weight" not in second.hparams
+
+
+def test_cifar_rate_drops_at_the_published_epochs():
+    experiment = on_synthetic("cifar100", "res56_res20")
+    config = experiment.config
+    assert config.optimizer.learning_rate.to_dict() == config.teacher.optimizer.learning_rate.to_dict()
+    assert tuple(config.optimizer.learning_rate.boundaries_epochs) == (150, 180, 210)
+    assert [config.train.epochs, config.teacher.epochs, config.data.batch_size] == [240, 240, 8]

@@ -1,0 +1,250 @@
+"""The loop: exact resume, one compile a stage, no implicit transfer, NaN stops with the cause, schedules as configured."""
+
+import itertools
+import json
+import signal
+import threading
+
+import jax
+import numpy as np
+import optax
+import pytest
+
+from kdjax import sharding, state, train
+from kdjax.checkpoint import Checkpoints
+from kdjax.data import pipeline
+from kdjax.errors import UserError
+from kdjax.objective import make_objective
+from kdjax.recipes import distill as recipe
+from kdjax.step import make_train_step
+from kdjax.writers import JsonlWriter, read_jsonl
+from tests.helpers import digits, equal_trees, small, tiny_config
+
+QUIET = lambda sentence: None
+
+
+def make_arm(stops=(12,), batches=None, optimizer=None):
+    student, teacher = small(8, norm=True, dropout=0.2, features=64), small(16)
+    optimizer = optimizer or optax.adam(1e-3)
+    stages = []
+    for start, stop in itertools.pairwise((0, *stops)):
+        objective = make_objective({"kl": {"weight": 0.9, "temperature": 4.0 + start}, "ce": {"weight": 0.1}})
+        step = make_train_step(student, {"teacher": teacher}, objective, optimizer)
+        stages.append(train.Stage(start, stop, step, {k: np.float32(v) for k, v in objective.hparams.items()}))
+    return train.Arm(
+        name="student",
+        model=student,
+        optimizer=optimizer,
+        stages=stages,
+        batches=batches or (lambda first: float_batches(first)),
+        batch_size=32,
+        key=jax.random.key(0),
+        teacher_variables={"teacher": teacher.init(jax.random.key(7))},
+    )
+
+
+def float_batches(first, poison_at=None):
+    for number, batch in enumerate(pipeline.train_batches(digits().train, batch_size=32, seed=3, start_step=first), first):
+        inputs = batch["inputs"].astype(np.float32) / 16.0
+        yield {**batch, "inputs": np.full_like(inputs, np.nan) if number == poison_at else inputs}
+
+
+def run(arm, folder=None, every=None, meta=None, devices=1, writer=None):
+    mesh = sharding.make_mesh({"data": devices})
+    if folder is None:
+        return train.run(arm, mesh, every=every or train.Every(log=4), say=QUIET, writer=writer)
+    with Checkpoints(folder) as checkpoints:
+        return train.run(arm, mesh, every=every or train.Every(log=4, save=5), checkpoints=checkpoints, meta=meta, say=QUIET, writer=writer)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted():
+    return run(make_arm()).state
+
+
+class Killed(Exception):
+    pass
+
+
+@pytest.mark.parametrize("dies_at", [1, 5, 7, 11])
+def test_resumes_bit_for_bit_from_wherever_it_died(tmp_path, uninterrupted, dies_at):
+    def dying(first):
+        for number, batch in enumerate(float_batches(first), first):
+            if number == dies_at:
+                raise Killed
+            yield batch
+
+    with pytest.raises(Killed):
+        run(make_arm(batches=dying), tmp_path)
+    assert equal_trees(run(make_arm(), tmp_path).state, uninterrupted)
+
+
+def test_a_finished_arm_is_loaded_not_trained(tmp_path, uninterrupted):
+    run(make_arm(), tmp_path)
+
+    def no_batches(first):
+        raise AssertionError("a finished arm needs no data")
+
+    assert equal_trees(run(make_arm(batches=no_batches), tmp_path).state, uninterrupted)
+
+
+def test_a_signal_saves_and_stops_and_resume_is_exact(tmp_path, uninterrupted):
+    def signalling(first):
+        for number, batch in enumerate(float_batches(first), first):
+            if number == 7:
+                signal.raise_signal(signal.SIGTERM)
+            yield batch
+
+    before = signal.getsignal(signal.SIGTERM)
+    assert threading.current_thread() is threading.main_thread()
+    with pytest.raises(train.Interrupted, match="step 8"):
+        run(make_arm(batches=signalling), tmp_path, train.Every(log=4))
+    assert signal.getsignal(signal.SIGTERM) == before
+    assert (tmp_path / "8").is_dir()
+    assert equal_trees(run(make_arm(), tmp_path).state, uninterrupted)
+
+
+def test_nan_stops_with_step_cause_and_last_good_checkpoint(tmp_path):
+    arm = make_arm(batches=lambda first: float_batches(first, poison_at=8))
+    with pytest.raises(UserError, match=r"not finite at step 9 \(in ce, kl\); the last good checkpoint is step 5"):
+        run(arm, tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir() if p.name.isdigit()) == ["5"]
+
+
+def test_another_teacher_is_refused(tmp_path):
+    run(make_arm(), tmp_path, meta={"teacher_sha256": "a"})
+    with pytest.raises(UserError, match="another teacher_sha256"):
+        run(make_arm(), tmp_path, meta={"teacher_sha256": "b"})
+
+
+def test_one_compile_a_stage_and_no_implicit_transfer():
+    compiles = []
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda event, _, **about: compiles.append(about.get("fun_name", "")) if event.endswith("backend_compile_duration") else None
+    )
+    stages = []
+    original = train.compile_step
+
+    def counting(*args):
+        before = len(compiles)
+        result = original(*args)
+        stages.append(len(compiles) - before)
+        return result
+
+    train.compile_step = counting
+    try:
+        run(make_arm(stops=(6, 12)))  # under transfer_guard("disallow"), in train.run
+    finally:
+        train.compile_step = original
+    assert stages == [1, 1]
+    with jax.transfer_guard("disallow"), pytest.raises(Exception, match="[Dd]isallowed"):
+        jax.jit(lambda x: x + 1)(np.ones(3))  # the guard does raise
+
+
+def test_stages_use_their_own_values_and_share_the_state():
+    arm = make_arm(stops=(4, 12))
+    whole, staged = run(make_arm()).state, run(arm).state
+    assert int(staged.step) == 12
+    assert not equal_trees(whole.params, staged.params)
+
+
+def test_eight_devices_equal_one(uninterrupted):
+    many = run(make_arm(), devices=8).state
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5), many.params, uninterrupted.params)
+
+
+def test_metrics_are_window_means_and_have_no_duplicates_after_a_resume(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    with JsonlWriter(path) as writer:
+        run(make_arm(), tmp_path / "c", writer=writer)
+        run(make_arm(), tmp_path / "c", writer=writer)
+    lines = [line for line in read_jsonl(path) if "loss" in line]
+    assert [line["step"] for line in lines] == [4, 8, 12]
+    assert lines[0]["hparams"]["kl.temperature"] == 4.0
+    for line in lines:
+        assert line["loss"] == pytest.approx(0.9 * line["kl"] + 0.1 * line["ce"], rel=1e-5)
+
+
+@pytest.fixture(scope="module")
+def finished_run(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("run")
+    return workdir, recipe.run(tiny_config(), workdir, say=QUIET)
+
+
+def test_main_job_writes_everything_it_promises(finished_run):
+    workdir, found = finished_run
+    for name in ("config.json", "metrics.jsonl", "results.json", "report.html"):
+        assert (workdir / name).stat().st_size > 0
+    assert json.loads((workdir / "results.json").read_text()) == found
+    assert set(found["arms"]) == {"teacher", "student_alone", "student_distilled"}
+    assert found["arms"]["student_alone"]["steps"] == found["arms"]["student_distilled"]["steps"]
+    for arm in found["arms"]:
+        assert (workdir / "checkpoints" / arm / str(found["arms"][arm]["steps"])).is_dir()
+
+
+def test_same_seed_gives_the_same_weights_and_a_rerun_changes_nothing(finished_run, tmp_path):
+    workdir, found = finished_run
+    again = recipe.run(tiny_config(), tmp_path, say=QUIET)
+    rerun = recipe.run(tiny_config(), workdir, say=QUIET)
+    for arm, result in found["arms"].items():
+        assert again["arms"][arm]["params_sha256"] == result["params_sha256"]
+        assert rerun["arms"][arm]["params_sha256"] == result["params_sha256"]
+        assert rerun["arms"][arm]["examples_per_s"] == result["examples_per_s"]
+
+
+def test_both_students_start_alike_and_see_the_same_batches(finished_run):
+    from kdjax import experiment
+
+    prepared = experiment.prepare(tiny_config())
+    alone, distilled = (experiment.make_arm(prepared, name) for name in experiment.STUDENTS)
+    assert equal_trees(*(train.fresh_state(arm, prepared.mesh) for arm in (alone, distilled)))
+    for a, b in itertools.islice(zip(alone.batches(0), distilled.batches(0), strict=True), 3):
+        assert equal_trees(a, b)
+
+
+def test_teacher_from_a_checkpoint_and_several_teachers(finished_run, tmp_path):
+    workdir, found = finished_run
+    config = tiny_config()
+    config.teacher.init = str(workdir)
+    config.more_teachers = {"second": {"options": {"hidden": (16,)}, "weight": 0.5}}
+    both = recipe.run(config, tmp_path, say=QUIET)
+    assert not (tmp_path / "checkpoints" / "teacher").exists()  # loaded, not trained
+    assert (tmp_path / "checkpoints" / "second").is_dir()
+    assert both["arms"]["teacher"]["params"] > found["arms"]["teacher"]["params"]
+    assert both["arms"]["student_alone"]["params_sha256"] == found["arms"]["student_alone"]["params_sha256"]
+    assert both["arms"]["student_distilled"]["params_sha256"] != found["arms"]["student_distilled"]["params_sha256"]
+
+
+def test_two_stage_config_with_schedules_runs_as_written(tmp_path):
+    config = tiny_config()
+    config.stages = {
+        "1_soft": {"percent": 50, "losses": {"kl": {"weight": 1.0, "temperature": 8.0}, "ce": {"weight": 0.0}}},
+        "2_task": {
+            "percent": 50,
+            "losses": {"kl": {"weight": {"schedule": "linear", "init": 1.0, "end": 0.0}}, "ce": {"weight": 1.0}},
+        },
+    }
+    recipe.run(config, tmp_path, say=QUIET)
+    lines = [
+        line for line in read_jsonl(tmp_path / "metrics.jsonl") if line["arm"] == "student_distilled" and "loss" in line
+    ]
+    half = lines[-1]["step"] // 2
+    first, second = ([line["hparams"] for line in lines if (line["step"] <= half) == early] for early in (True, False))
+    assert all(values["kl.temperature"] == 8.0 and "ce.weight" not in values for values in first)
+    weights = [values["kl.weight"] for values in second]
+    assert weights == sorted(weights, reverse=True)
+    assert weights[-1] < 0.2 < weights[0]
+
+
+def test_moving_average_is_what_is_evaluated_and_kept(tmp_path):
+    config = tiny_config(ema=0.9)
+    first = recipe.run_one(config, tmp_path, "student_alone", say=QUIET)
+    again = recipe.run_one(config, tmp_path, "student_alone", say=QUIET)
+    plain = recipe.run_one(tiny_config(), tmp_path / "plain", "student_alone", say=QUIET)
+    assert equal_trees(first.variables, again.variables)
+    assert not equal_trees(first.variables, plain.variables)
+
+
+def test_inference_variables_of_a_state_without_average_are_its_parameters():
+    current = state.create(small(), optax.sgd(0.1), jax.random.key(0))
+    assert state.inference_variables(current)["params"] is current.params
