@@ -75,9 +75,7 @@ class Checkpoints:
         with _as_user_error(self.folder):
             self._manager.wait_until_finished()
 
-    def restore_newest(
-        self, like: TrainState, say: Callable[[str], None]
-    ) -> tuple[TrainState, dict[str, Any]] | None:
+    def restore_newest(self, like: TrainState, say: Callable[[str], None]) -> tuple[TrainState, dict[str, Any]] | None:
         """The newest undamaged checkpoint, onto the shardings of ``like`` (shapes will do); ``None`` where there is none.
 
         A damaged checkpoint is set aside (renamed, not deleted), and ``say`` is told.
@@ -90,7 +88,9 @@ class Checkpoints:
                 (self.folder / str(step)).rename(aside)
                 self._manager.reload()
                 reason = str(error).split("\n")[0][:160]
-                say(f"checkpoint {self.folder / str(step)} is damaged ({reason}): set aside as {aside.name}, falling back.")
+                say(
+                    f"checkpoint {self.folder / str(step)} is damaged ({reason}): set aside as {aside.name}, falling back."
+                )
         return None
 
     def _restore(self, step: int, like: TrainState) -> tuple[TrainState, dict[str, Any]]:
@@ -98,7 +98,9 @@ class Checkpoints:
         restored = self._manager.restore(
             step,
             args=ocp.args.Composite(
-                model=ocp.args.StandardRestore(model), train=ocp.args.StandardRestore(train), meta=ocp.args.JsonRestore()
+                model=ocp.args.StandardRestore(model),
+                train=ocp.args.StandardRestore(train),
+                meta=ocp.args.JsonRestore(),
             ),
         )
         _verify({"model": restored["model"], "train": restored["train"]}, restored["meta"]["checksums"])
@@ -112,7 +114,11 @@ def load_model(folder: Path, like: Variables) -> tuple[Variables, dict[str, Any]
       UserError: no checkpoint there, one of another architecture (names the first parameter that differs), or a damaged one.
     """
     folder = Path(folder).absolute()
-    steps = sorted((int(child.name) for child in folder.iterdir() if child.name.isdigit()), reverse=True) if folder.is_dir() else []
+    steps = (
+        sorted((int(child.name) for child in folder.iterdir() if child.name.isdigit()), reverse=True)
+        if folder.is_dir()
+        else []
+    )
     if not steps:
         raise UserError(f"no checkpoint in {folder}: name a workdir of kdjax, or one of its checkpoints/ARM folders.")
     path = folder / str(steps[0])

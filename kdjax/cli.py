@@ -3,6 +3,8 @@
 A verb's docstring is its help text.
 """
 
+import errno
+import inspect
 import os
 import sys
 import traceback
@@ -40,7 +42,7 @@ def distill(call: Call) -> None:
 
     found = recipe.run(call.config, call.workdir)
     console = Console()
-    console.print(results.table(found))
+    console.print(results.table(*found))
     console.print(f"report: {call.workdir / 'report.html'}", soft_wrap=True)
 
 
@@ -71,7 +73,7 @@ def evaluate(call: Call) -> None:
     if not call.flags.workdir:
         raise UserError("say which run: kdjax evaluate --workdir FOLDER.")
     found = recipe.evaluate(recipe.saved_config(call.workdir), call.workdir)
-    Console().print(results.table(found))
+    Console().print(results.table(*found))
 
 
 def check(call: Call) -> None:
@@ -134,13 +136,22 @@ def run(argv: Sequence[str]) -> int:
         if verb not in VERBS:
             raise unknown("verb", verb, VERBS)
         if {"-h", "--help"} & set(argv[1:]):
-            print(f"kdjax {verb}\n\n{_dedent(VERBS[verb].__doc__)}\n\nflags:\n{_flags(verb).main_module_help()}")
+            print(f"kdjax {verb}\n\n{inspect.getdoc(VERBS[verb])}\n\nflags:{_flags(verb).module_help('kdjax')}")
             return 0
         VERBS[verb](_parse(verb, argv[1:]))
     except UserError as error:
         if "--verbose" in argv:
             traceback.print_exc()
         print(f"kdjax: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("kdjax: interrupted before a step was made. Run the same command to begin again.", file=sys.stderr)
+        return 130
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS) or "--verbose" in argv:
+            raise
+        place = error.filename or "the workdir"
+        print(f"kdjax: cannot write {place}: {error.strerror}; checkpoints written before are kept.", file=sys.stderr)
         return 2
     except Exception as error:
         # Imported late: kdjax.train imports jax, which a help text does not need.
@@ -155,54 +166,38 @@ def run(argv: Sequence[str]) -> int:
 
 def _flags(verb: str) -> flags.FlagValues:
     values = flags.FlagValues()
-    owner = {"module_name": "kdjax", "flag_values": values}
-    flags.DEFINE_string("workdir", None, "where the run lives; a run that is there already is resumed", **owner)
-    flags.DEFINE_bool("verbose", False, "show the traceback of an error", **owner)
+
+    def define(kind: Callable, name: str, default: Any, text: str, **more: Any) -> None:
+        kind(name, default, text, flag_values=values, module_name="kdjax", **more)
+
+    define(flags.DEFINE_string, "config", None, "a config file, or FILE:VARIANT; --config.key=value changes a value")
+    define(flags.DEFINE_string, "workdir", None, "where the run lives; a run that is there already is resumed")
+    define(flags.DEFINE_bool, "verbose", False, "show the traceback of an error")
     if verb == "train":
-        flags.DEFINE_string("arm", "teacher", "which arm to train", **owner)
+        define(flags.DEFINE_string, "arm", "teacher", "which arm to train")
     if verb in ("check", "bench"):
-        flags.DEFINE_bool("json", False, "print one JSON object", **owner)
+        define(flags.DEFINE_bool, "json", False, "print one JSON object")
     if verb == "bench":
-        flags.DEFINE_integer("seeds", 5, "how many seeds", lower_bound=1, **owner)
+        define(flags.DEFINE_integer, "seeds", 5, "how many seeds", lower_bound=1)
     return values
 
 
 def _parse(verb: str, argv: Sequence[str]) -> Call:
-    from ml_collections import config_flags
-
     values = _flags(verb)
     overrides = [word for word in argv if word.startswith("--config.")]
-    rest = ["kdjax", *(word for word in argv if word not in overrides)]
-    if any(word.partition("=")[0] == "--config" for word in rest):
-        config_flags.DEFINE_config_file("config", flag_values=values, lock_config=False, sys_argv=rest)
     try:
-        words = values(rest)[1:]
-        base = values.config.copy_and_resolve_references() if "config" in values else configs.default()
-    except UserError:
-        raise
+        words = values(["kdjax", *(word for word in argv if word not in overrides)])[1:]
     except flags.Error as error:
-        raise UserError(f"{_first_line(error)}: kdjax {verb} --help lists the flags.") from error
-    except FileNotFoundError as error:
-        raise UserError(f"no config file {error.filename}: give the path of a file with get_config().") from error
-    except Exception as error:  # whatever the user's config file raises
-        raise UserError(f"--config: the file raised {type(error).__name__}: {_first_line(error)}.") from error
+        sentence = (str(error).splitlines() or ["unreadable flags"])[0].rstrip(".")
+        raise UserError(f"{sentence}; kdjax {verb} --help lists the flags.") from error
     if words and verb != "bench":
         raise UserError(f"unexpected {words[0]!r}: values are given as --config.key=value; see kdjax {verb} --help.")
+    base = configs.from_file(values.config) if values.config else configs.default()
     config = configs.resolve(configs.override(base, overrides))
     # A folder of this config's own, so that the same command finds its run again.
     own = f"{config.data.name.replace(':', '-')}-{configs.sha256(config)[:8]}"
     return Call(config, Path(values.workdir or os.path.join("runs", own)), words, values)
 
 
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
-
-
 def _summary(function: Callable) -> str:
     return (function.__doc__ or "").strip().splitlines()[0]
-
-
-def _dedent(text: str | None) -> str:
-    import inspect
-
-    return inspect.cleandoc(text or "")

@@ -3,7 +3,9 @@
 import ast
 import hashlib
 import json
+import runpy
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -74,6 +76,30 @@ def default() -> ConfigDict:
     return config
 
 
+def from_file(place: str) -> ConfigDict:
+    """The config of ``FILE`` or ``FILE:VARIANT``: what its ``get_config(variant)`` returns.
+
+    Raises:
+      UserError: no such file, no ``get_config``, or whatever the file raises.
+    """
+    path, _, variant = place.partition(":")
+    if not Path(path).is_file():
+        raise UserError(f"there is no config file {path}: give the path of a Python file with get_config().")
+    try:
+        config = runpy.run_path(path)["get_config"](variant) if variant else runpy.run_path(path)["get_config"]()
+    except UserError:
+        raise
+    except KeyError as error:
+        raise UserError(
+            f"{path} does not define {error}: a config file has a function get_config(variant='')."
+        ) from error
+    except Exception as error:  # a config is Python, so it may raise anything
+        raise UserError(f"{path} raised {type(error).__name__}: {str(error).rstrip('.')}.") from error
+    if not isinstance(config, ConfigDict):
+        raise UserError(f"get_config of {path} returned a {type(config).__name__} and should return a ConfigDict.")
+    return config
+
+
 def _optimizer(**changes: Any) -> dict[str, Any]:
     return {
         "name": "adamw",
@@ -106,7 +132,9 @@ def resolve(config: ConfigDict) -> ConfigDict:
     for name, stage in config.stages.items():
         _check(stage.to_dict().get("losses", {}), default().losses.to_dict(), f"stages.{name}.losses.")
     for name, extra in config.more_teachers.items():
-        _check(extra.to_dict(), {key: default().teacher.to_dict()[key] for key in MEMBER_KEYS}, f"more_teachers.{name}.")
+        _check(
+            extra.to_dict(), {key: default().teacher.to_dict()[key] for key in MEMBER_KEYS}, f"more_teachers.{name}."
+        )
     return config.lock()
 
 
@@ -171,7 +199,9 @@ def differences(before: ConfigDict, after: ConfigDict) -> list[str]:
     was, now = ({k: v for k, v in json.loads(to_json(c.to_dict())).items() if k not in _FREE} for c in (before, after))
     was, now = flat_keys(was), flat_keys(now)
     is_leaf = lambda key: not isinstance(was.get(key), dict) or not isinstance(now.get(key), dict)
-    return sorted(key for key in {*was, *now} if (key in was) != (key in now) or (was[key] != now[key] and is_leaf(key)))
+    return sorted(
+        key for key in {*was, *now} if (key in was) != (key in now) or (was[key] != now[key] and is_leaf(key))
+    )
 
 
 def flat_keys(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -11,7 +11,8 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from kdjax import checkpoint, config as configs, models, objective, optimizer, schedules, sharding, train
+from kdjax import checkpoint, models, objective, optimizer, schedules, sharding, train
+from kdjax import config as configs
 from kdjax.data import pipeline, sources
 from kdjax.data.sources import Dataset, Split
 from kdjax.errors import UserError, unknown
@@ -60,7 +61,9 @@ def prepare(config: ConfigDict, dataset: Dataset | None = None) -> Experiment:
     dataset = dataset or sources.load(config.data)
     sources.validate(dataset)
     shape = tuple(dataset.train.inputs.shape[1:])
-    build = lambda part: _bundled(part.name, part.options.to_dict(), len(dataset.class_names), shape, config.train.dtype)
+    build = lambda part: _bundled(
+        part.name, part.options.to_dict(), len(dataset.class_names), shape, config.train.dtype
+    )
     members = {MAIN: config.teacher, **config.more_teachers}
     experiment = Experiment(
         config=config,
@@ -149,9 +152,11 @@ def member(config: ConfigDict, name: str) -> ConfigDict:
     return ConfigDict(main | {"init": "", "weight": 1.0} | config.more_teachers[name].to_dict())
 
 
-def _bundled(name: str, options: dict[str, Any], classes: int, shape: tuple[int, ...], dtype: str) -> Model:
+def _bundled(name: str, options: dict[str, Any], classes: int, shape: Any, dtype: str) -> Model:
     return from_nnx(
-        lambda rngs: models.build(name, classes=classes, input_shape=shape, rngs=rngs, dtype=jnp.dtype(dtype), **options)
+        lambda rngs: models.build(
+            name, classes=classes, input_shape=shape, rngs=rngs, dtype=jnp.dtype(dtype), **options
+        )
     )
 
 
@@ -168,7 +173,9 @@ def _student_view(dataset: Dataset, config: ConfigDict) -> Split:
     if omitted == -1:
         return split
     if not 0 <= omitted < len(dataset.class_names):
-        raise UserError(f"data.omit_class={omitted} is not a class: there are {len(dataset.class_names)}, counted from 0.")
+        raise UserError(
+            f"data.omit_class={omitted} is not a class: there are {len(dataset.class_names)}, counted from 0."
+        )
     kept = np.flatnonzero(dataset.train.labels != omitted)
     return Split(split.inputs[kept], split.labels[kept])
 
@@ -200,9 +207,27 @@ def _stages(
             if last and abs(stop - total) <= len(plan):
                 stop = total
             else:
-                raise UserError(f"the stages are {stop} steps long together and train asks for {total}: make them equal.")
-        merged = {term: {**losses.get(term, {}), **stage.get("losses", {}).get(term, {})} for term in {**losses, **stage.get("losses", {})}}
-        stages.append(_stage(experiment, model, transform, merged, stage.get("learning_rate", rate), start, stop, total, per_epoch, "learning_rate" in stage))
+                raise UserError(
+                    f"the stages are {stop} steps long together and train asks for {total}: make them equal."
+                )
+        merged = {
+            term: {**losses.get(term, {}), **stage.get("losses", {}).get(term, {})}
+            for term in {**losses, **stage.get("losses", {})}
+        }
+        stages.append(
+            _stage(
+                experiment,
+                model,
+                transform,
+                merged,
+                stage.get("learning_rate", rate),
+                start,
+                stop,
+                total,
+                per_epoch,
+                "learning_rate" in stage,
+            )
+        )
         start = stop
     return stages
 
@@ -218,7 +243,11 @@ def _stage(experiment, model, transform, losses, rate, start, stop, total, per_e
     goal = objective.make_objective(losses, weights, config.teacher.combine)
     make = partial(schedules.make, steps_per_epoch=per_epoch)
     terms = {name: make(spec, total_steps=stop - start, name=f"losses.{name}") for name, spec in goal.hparams.items()}
-    own = make(rate.to_dict() if isinstance(rate, ConfigDict) else rate, total_steps=stop - start if own_rate else total, name="learning_rate")
+    own = make(
+        rate.to_dict() if isinstance(rate, ConfigDict) else rate,
+        total_steps=stop - start if own_rate else total,
+        name="learning_rate",
+    )
     rate_start = start if own_rate else 0
 
     def hparams_at(params, step):
@@ -237,4 +266,3 @@ def _stage(experiment, model, transform, losses, rate, start, stop, total, per_e
         ema_decay=config.train.ema if model is experiment.student else 0.0,
     )
     return train.Stage(start, stop, step, schedules.values({**terms, "learning_rate": own}))
-

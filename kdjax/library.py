@@ -106,7 +106,9 @@ def _batches(data: Any, epochs: int | None, steps: int | None, batch_size: int, 
     """``(iterator of batches, examples per batch, number of updates)``."""
     if epochs is not None and steps is not None:
         raise UserError("epochs and steps are both given: choose one.")
-    if hasattr(data, "shape") or (isinstance(data, tuple) and len(data) == 2 and all(hasattr(part, "shape") for part in data)):
+    if hasattr(data, "shape") or (
+        isinstance(data, tuple) and len(data) == 2 and all(hasattr(part, "shape") for part in data)
+    ):
         inputs, labels = (data, None) if hasattr(data, "shape") else data
         split = sources.as_split(inputs, labels)
         if epochs is None and steps is None:
@@ -114,7 +116,9 @@ def _batches(data: Any, epochs: int | None, steps: int | None, batch_size: int, 
         total = steps or max(round((epochs or 0) * len(split.labels) / batch_size), 1)
         return pipeline.train_batches(split, batch_size=batch_size, seed=seed), batch_size, total
     if not isinstance(data, Iterable):
-        raise UserError(f"data is a {type(data).__name__}: give (inputs, labels), inputs alone, or an iterable of batches.")
+        raise UserError(
+            f"data is a {type(data).__name__}: give (inputs, labels), inputs alone, or an iterable of batches."
+        )
     per_epoch = len(data) if hasattr(data, "__len__") else None
     if steps is None and per_epoch is None:
         raise UserError("the iterable of batches has no length: say how many to take with steps=....")
@@ -152,4 +156,6 @@ def _check_classes(teacher: Model, teacher_variables: Variables, student: Model,
     classes = shapes["student"].shape[-1]
     labels = np.asarray(batch["labels"])
     if labels.min() < -1 or labels.max() >= classes:
-        raise UserError(f"labels go from {labels.min()} to {labels.max()}: with {classes} classes they are -1 to {classes - 1}.")
+        raise UserError(
+            f"labels go from {labels.min()} to {labels.max()}: with {classes} classes they are -1 to {classes - 1}."
+        )

@@ -64,7 +64,10 @@ def from_nnx(module: nnx.Module | Callable[[nnx.Rngs], nnx.Module]) -> Model:
 
     def apply(variables, inputs, *, train, key=None, taps=()):
         key = jax.random.key(0) if key is None else key
-        leaves = {**_filled(templates["params"], variables["params"]), **_filled(templates["state"], variables["state"])}
+        leaves = {
+            **_filled(templates["params"], variables["params"]),
+            **_filled(templates["state"], variables["state"]),
+        }
         for number, (path, stream) in enumerate(streams):
             is_key = isinstance(stream, nnx.RngKey)
             leaves[path] = stream.replace(jax.random.fold_in(key, number) if is_key else jax.numpy.zeros((), "uint32"))
@@ -74,7 +77,9 @@ def from_nnx(module: nnx.Module | Callable[[nnx.Rngs], nnx.Module]) -> Model:
         captured: Mapping[str, Array] = {}
         if taps:
             logits, outputs = nnx.capture(net, nnx.Intermediate, method_outputs=nnx.Intermediate)(inputs)
-            captured = _pick_taps({p[:-1]: v.get_value()[-1] for p, v in nnx.to_flat_state(outputs) if p[-1] == "__call__"}, taps)
+            captured = _pick_taps(
+                {p[:-1]: v.get_value()[-1] for p, v in nnx.to_flat_state(outputs) if p[-1] == "__call__"}, taps
+            )
         else:
             logits = net(inputs)
         new_state = nnx.split(net, nnx.Param, nnx.RngState, nnx.Intermediate, ...)[-1]

@@ -70,7 +70,9 @@ def default_losses() -> dict[str, dict[str, float]]:
 
 
 def make_objective(
-    terms: Mapping[str, Mapping[str, Any]], teacher_weights: Mapping[str, float] | None = None, combine: str = "probabilities"
+    terms: Mapping[str, Mapping[str, Any]],
+    teacher_weights: Mapping[str, float] | None = None,
+    combine: str = "probabilities",
 ) -> Objective:
     """Builds the objective from ``{term: {"weight": ..., option: ...}}``.
 
@@ -115,7 +117,9 @@ def make_objective(
         per_term = {name: labelled if term.on_labels else valid for name, term in active.items()}
         return {name: jnp.sum(weight) for name, weight in {**per_term, "accuracy": labelled}.items()}
 
-    def loss(student: Outputs, teachers: Mapping[str, Outputs], batch: Batch, hparams: Hparams, counts: Mapping[str, Array]):
+    def loss(
+        student: Outputs, teachers: Mapping[str, Outputs], batch: Batch, hparams: Hparams, counts: Mapping[str, Array]
+    ):
         valid = _valid(batch)
         labelled = valid * _is_labelled(batch)
         total, sums = jnp.zeros((), jnp.float32), {}

@@ -293,13 +293,14 @@ def _schedules(run: Run) -> str:
         name for record in run.history if record.get("arm") == run.main for name in record.get("hparams") or {}
     )
     hparams.pop("learning_rate", None)
+    colors = dict(zip(dict.fromkeys(name.rpartition(".")[0] for name in hparams), cycle(TERM_COLORS)))
     for kind in dict.fromkeys(name.rpartition(".")[2] for name in hparams):
-        names = [name for name in hparams if name.rpartition(".")[2] == kind]
-        curves = [
-            _curve(run, run.main, name, name.rpartition(".")[0] or name, color)
-            for name, color in zip(names, cycle(TERM_COLORS))
-        ]
-        plots += _plot(curves, f"{kind.capitalize()}, {ARMS[run.main]}")
+        curves = []
+        for name in hparams:
+            term, _, last = name.rpartition(".")
+            if last == kind:
+                curves.append(_curve(run, run.main, name, term or name, colors[term]))
+        plots += _plot(curves, f"{kind.replace('_', ' ').capitalize()}, {ARMS[run.main]}")
     return plots and ui.grid(plots)
 
 

@@ -75,7 +75,9 @@ def make_train_step(
                 state.params, state.model_state, teacher_variables, batch, key, values, counts
             )
         else:
-            grads, model_state, sums = _accumulated(grads_of, accumulate, state, teacher_variables, batch, key, values, counts)
+            grads, model_state, sums = _accumulated(
+                grads_of, accumulate, state, teacher_variables, batch, key, values, counts
+            )
         updates, opt_state = optimizer.update(
             grads, state.opt_state, state.params, learning_rate=values.get("learning_rate")
         )
@@ -119,7 +121,9 @@ def _accumulated(grads_of, parts, state, teacher_variables, batch, key, values, 
     return grads, model_state, sums
 
 
-def make_predict(model: Model, preprocess: Callable[[Batch], Batch] | None = None) -> Callable[[Variables, Batch], Array]:
+def make_predict(
+    model: Model, preprocess: Callable[[Batch], Batch] | None = None
+) -> Callable[[Variables, Batch], Array]:
     """Makes ``predict(variables, batch) -> logits`` [batch, ..., classes], float32, with ``train=False``: pure, to be jitted."""
 
     def predict(variables, batch):

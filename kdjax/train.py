@@ -6,7 +6,7 @@ import signal
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -21,10 +21,11 @@ from kdjax.errors import UserError
 from kdjax.model import Model, Variables
 from kdjax.state import TrainState
 from kdjax.step import Step
-from kdjax.writers import JsonlWriter, Progress
+from kdjax.writers import JsonlWriter, Progress, TensorBoardWriter
 
 # With several CPU devices in a process, more than about 32 steps in flight deadlock without a message.
 MAX_IN_FLIGHT = 16
+Writer = JsonlWriter | TensorBoardWriter
 
 
 class Stage(NamedTuple):
@@ -83,7 +84,7 @@ def run(
     every: Every = Every(),
     checkpoints: Checkpoints | None = None,
     meta: Mapping[str, Any] | None = None,
-    writer: JsonlWriter | None = None,
+    writers: Sequence[Writer] = (),
     evaluate: Callable[[Variables], float] | None = None,
     say: Callable[[str], None] = print,
 ) -> Finished:
@@ -95,7 +96,7 @@ def run(
       every: how often to log, evaluate and save.
       checkpoints: where to save and to resume from; ``None`` to keep nothing.
       meta: what identifies the run, saved with each checkpoint; one of other ``meta`` is refused.
-      writer: takes a line of metrics at each log.
+      writers: take a line of metrics at each log.
       evaluate: ``evaluate(variables) -> accuracy``.
       say: takes a sentence for the user.
 
@@ -105,12 +106,12 @@ def run(
     """
     meta = dict(meta or {})
     current, done, clock = _start(arm, mesh, checkpoints, meta, say)
-    if writer:
+    for writer in writers:
         writer.truncate(arm.name, done)
     shardings = jax.tree.map(lambda x: x.sharding, current)
     teachers = _put(arm.teacher_variables, mesh, arm.teacher_rules)
     last_step = arm.stages[-1].stop
-    log = _Log(arm, every, writer, (done, clock.seconds), last_step)
+    log = _Log(arm, every, writers, (done, clock.seconds), last_step)
 
     with _Signals() as signals, log.progress:
         for stage in arm.stages:
@@ -136,18 +137,21 @@ def run(
                     # NaN must never reach a checkpoint, so all that is in flight is read before a save.
                     bound = 0 if evaluates or saves or done == stage.stop else MAX_IN_FLIGHT
                     while len(pending) > bound:
-                        log.take(*pending.popleft(), names, clock, checkpoints)
+                        log.take(*pending.popleft(), names, stage.stop, clock, checkpoints)
                     if evaluates or saves:
                         clock.pause()
                         accuracy = evaluate(state.inference_variables(current)) if evaluate and evaluates else None
                         log.evaluated(done, accuracy)
                         if checkpoints and saves:
                             checkpoints.save(done, current, {**meta, "seconds": clock.seconds}, accuracy)
-                        clock.resume()
+                        if done < stage.stop:
+                            clock.resume()
                     if signals.received:
                         if checkpoints:
                             checkpoints.wait()
-                        raise Interrupted(f"{arm.name} stopped by a signal at step {done}; its state is saved.", signals.received)
+                        raise Interrupted(
+                            f"{arm.name} stopped by a signal at step {done}; its state is saved.", signals.received
+                        )
             clock.pause()
     if checkpoints:
         checkpoints.wait()
@@ -166,7 +170,9 @@ def compile_step(step: Step, mesh: Mesh, shardings: TrainState, *args: Any) -> t
     def packed(state, teachers, batch, hparams):
         state, metrics = step(state, teachers, batch, hparams)
         names[:] = metrics
-        return state, jnp.stack([jnp.stack([jnp.asarray(v, jnp.float32) for v in pair]) for pair in zip(*metrics.values(), strict=True)])
+        return state, jnp.stack(
+            [jnp.stack([jnp.asarray(v, jnp.float32) for v in pair]) for pair in zip(*metrics.values(), strict=True)]
+        )
 
     in_shardings = (shardings, *(jax.tree.map(lambda x: x.sharding, arg) for arg in args[1:]))
     jitted = jax.jit(
@@ -239,38 +245,57 @@ class _Clock:
 class _Log:
     """Gathers the metrics of the steps into one line every ``every.log`` steps, and stops the run at a NaN."""
 
-    def __init__(self, arm: Arm, every: Every, writer: JsonlWriter | None, began: tuple[int, float], last_step: int):
-        self.arm, self.every, self.writer, self.last_step = arm, every, writer, last_step
+    def __init__(self, arm: Arm, every: Every, writers: Sequence[Writer], began: tuple[int, float], last_step: int):
+        self.arm, self.every, self.writers = arm, every, writers
         self.began = began  # (step, seconds)
         self.progress = Progress(arm.name, last_step, began[0])
         self._window: list[np.ndarray] = []
 
-    def take(self, number: int, packed: jax.Array, names: list[str], clock: _Clock, checkpoints: Checkpoints | None) -> None:
+    def take(
+        self,
+        number: int,
+        packed: jax.Array,
+        names: list[str],
+        last: int,
+        clock: _Clock,
+        checkpoints: Checkpoints | None,
+    ) -> None:
         pairs = jax.device_get(packed)
         if self.every.stop_on_nan and not np.isfinite(pairs[0]).all():
-            self._stop(number, [name for name, value in zip(names, pairs[0], strict=True) if not math.isfinite(value)], checkpoints)
+            self._stop(
+                number,
+                [name for name, value in zip(names, pairs[0], strict=True) if not math.isfinite(value)],
+                checkpoints,
+            )
         self._window.append(pairs)
-        if not _due(number, self.every.log, self.last_step):
+        if not _due(number, self.every.log, last):  # stages have their own metrics, so a window ends with its stage
             return
         sums, counts = np.sum(self._window, axis=0, dtype=np.float64)
-        values = {name: total / count if count else math.nan for name, total, count in zip(names, sums, counts, strict=True)}
+        values = {
+            name: total / count if count else math.nan for name, total, count in zip(names, sums, counts, strict=True)
+        }
         # A hyperparameter is what it was at this step, not the window's mean.
         hparams = {name[8:]: float(pairs[0][i]) for i, name in enumerate(names) if name.startswith("hparams/")}
         values = {name: value for name, value in values.items() if not name.startswith("hparams/")}
         rate = (number - self.began[0]) * self.arm.batch_size / max(clock.now() - self.began[1], 1e-9)
         self._window = []
         self.progress.update(number, {k: v for k, v in values.items() if k != "grad_norm"}, rate)
-        if self.writer:
-            self.writer.write({"arm": self.arm.name, "step": number, **values, "hparams": hparams, "examples_per_s": rate})
+        for writer in self.writers:
+            writer.write({"arm": self.arm.name, "step": number, **values, "hparams": hparams, "examples_per_s": rate})
 
     def evaluated(self, number: int, accuracy: float | None) -> None:
-        if self.writer and accuracy is not None:
-            self.writer.write({"arm": self.arm.name, "step": number, "eval_accuracy": accuracy})
+        if accuracy is not None:
+            for writer in self.writers:
+                writer.write({"arm": self.arm.name, "step": number, "eval_accuracy": accuracy})
 
     def _stop(self, number: int, names: list[str], checkpoints: Checkpoints | None) -> None:
         terms = [name for name in names if name not in ("loss", "grad_norm")] or names
         kept = checkpoints.latest_step() if checkpoints else None
-        remedy = f"the last good checkpoint is step {kept} in {checkpoints.folder}" if kept else "no checkpoint was written before"
+        remedy = (
+            f"the last good checkpoint is step {kept} in {checkpoints.folder}"
+            if kept
+            else "no checkpoint was written before"
+        )
         raise UserError(
             f"{self.arm.name} is not finite at step {number} (in {', '.join(terms)}); {remedy}: lower "
             "optimizer.learning_rate, set optimizer.clip_norm, or look at the data of that step."

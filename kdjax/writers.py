@@ -181,7 +181,7 @@ class Progress:
         )
         self._task = self._bar.add_task(arm, total=total_steps, completed=start_step)
         self._live: Live | None = None
-        self._began = time.monotonic()
+        self._began: tuple[float, int] | None = None  # time and step of the first update: compiling is not progress
         self._next = 0.0  # when the display is due again
         self._last: tuple[int, dict[str, float], float] | None = None
         self._shown_step = -1
@@ -198,6 +198,7 @@ class Progress:
         """Tells the display where the run is: updates made, host floats by name, training throughput."""
         self._last = (step, dict(metrics), examples_per_s)
         now = time.monotonic()
+        self._began = self._began or (now, step)
         if not self._broken and (now >= self._next or step >= self._total):
             self._next = now + (0.2 if self._live else self._every_s)
             self._guard(self._show)
@@ -237,8 +238,10 @@ class Progress:
         self._shown_step = step
 
     def _eta(self, step: int) -> str:
-        elapsed, made = time.monotonic() - self._began, step - self._start_step
-        left = elapsed / made * max(self._total - step, 0) if made > 0 else math.inf
+        began, first_step = self._began or (0.0, step)
+        if step <= first_step:
+            return "ETA unknown"
+        left = (time.monotonic() - began) / (step - first_step) * max(self._total - step, 0)
         return f"ETA {time.strftime('%H:%M:%S', time.gmtime(left))}" if left < 86400 else "ETA over a day"
 
     def _close(self) -> None:

@@ -7,7 +7,9 @@ import jax
 import numpy as np
 import pytest
 
-from kdjax import config as configs, experiment as experiments, sharding, train
+from kdjax import config as configs
+from kdjax import experiment as experiments
+from kdjax import sharding, train
 from kdjax.errors import UserError
 from kdjax.model import parameter_count
 

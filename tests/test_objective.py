@@ -1,4 +1,4 @@
-"""The weighted sum: normalised by global counts, blind to padding, to labels that are not there, and to how it is split."""
+"""The weighted sum: normalised by global counts, blind to padding, to absent labels, and to how it is split."""
 
 import jax
 import jax.numpy as jnp

@@ -113,14 +113,18 @@ def test_bfloat16_compute_keeps_float32_parameters():
     from kdjax.model import from_nnx
 
     build = lambda dtype: from_nnx(
-        lambda rngs: models.build("cnn", classes=10, input_shape=(8, 8, 1), rngs=rngs, dtype=dtype, widths=(8,), strides=(2,))
+        lambda rngs: models.build(
+            "cnn", classes=10, input_shape=(8, 8, 1), rngs=rngs, dtype=dtype, widths=(8,), strides=(2,)
+        )
     )
     data, results = batch(), {}
     data["inputs"] = data["inputs"].reshape(-1, 8, 8, 1)
     for dtype in (jnp.float32, jnp.bfloat16):
         model, objective = build(dtype), make_objective({"ce": {"weight": 1.0}})
         start = state.create(model, optax.sgd(0.1), jax.random.key(0))
-        new, metrics = jax.jit(make_train_step(model, {}, objective, optax.sgd(0.1)))(start, {}, data, objective.hparams)
+        new, metrics = jax.jit(make_train_step(model, {}, objective, optax.sgd(0.1)))(
+            start, {}, data, objective.hparams
+        )
         assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(new.params))
         results[dtype] = float(metrics["loss"][0])
     assert results[jnp.bfloat16] != results[jnp.float32]

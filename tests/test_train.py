@@ -1,4 +1,4 @@
-"""The loop: exact resume, one compile a stage, no implicit transfer, NaN stops with the cause, schedules as configured."""
+"""The loop: exact resume, one compile a stage, no implicit transfer, NaN stops with the cause, schedules."""
 
 import itertools
 import json
@@ -44,17 +44,27 @@ def make_arm(stops=(12,), batches=None, optimizer=None):
 
 
 def float_batches(first, poison_at=None):
-    for number, batch in enumerate(pipeline.train_batches(digits().train, batch_size=32, seed=3, start_step=first), first):
+    for number, batch in enumerate(
+        pipeline.train_batches(digits().train, batch_size=32, seed=3, start_step=first), first
+    ):
         inputs = batch["inputs"].astype(np.float32) / 16.0
         yield {**batch, "inputs": np.full_like(inputs, np.nan) if number == poison_at else inputs}
 
 
-def run(arm, folder=None, every=None, meta=None, devices=1, writer=None):
+def run(arm, folder=None, every=None, meta=None, devices=1, writers=()):
     mesh = sharding.make_mesh({"data": devices})
     if folder is None:
-        return train.run(arm, mesh, every=every or train.Every(log=4), say=QUIET, writer=writer)
+        return train.run(arm, mesh, every=every or train.Every(log=4), say=QUIET, writers=writers)
     with Checkpoints(folder) as checkpoints:
-        return train.run(arm, mesh, every=every or train.Every(log=4, save=5), checkpoints=checkpoints, meta=meta, say=QUIET, writer=writer)
+        return train.run(
+            arm,
+            mesh,
+            every=every or train.Every(log=4, save=5),
+            checkpoints=checkpoints,
+            meta=meta,
+            say=QUIET,
+            writers=writers,
+        )
 
 
 @pytest.fixture(scope="module")
@@ -120,7 +130,9 @@ def test_another_teacher_is_refused(tmp_path):
 def test_one_compile_a_stage_and_no_implicit_transfer():
     compiles = []
     jax.monitoring.register_event_duration_secs_listener(
-        lambda event, _, **about: compiles.append(about.get("fun_name", "")) if event.endswith("backend_compile_duration") else None
+        lambda event, _, **about: (
+            compiles.append(about.get("fun_name", "")) if event.endswith("backend_compile_duration") else None
+        )
     )
     stages = []
     original = train.compile_step
@@ -137,7 +149,7 @@ def test_one_compile_a_stage_and_no_implicit_transfer():
     finally:
         train.compile_step = original
     assert stages == [1, 1]
-    with jax.transfer_guard("disallow"), pytest.raises(Exception, match="[Dd]isallowed"):
+    with jax.transfer_guard("disallow"), pytest.raises(Exception, match=r"[Dd]isallowed"):
         jax.jit(lambda x: x + 1)(np.ones(3))  # the guard does raise
 
 
@@ -148,16 +160,17 @@ def test_stages_use_their_own_values_and_share_the_state():
     assert not equal_trees(whole.params, staged.params)
 
 
-def test_eight_devices_equal_one(uninterrupted):
-    many = run(make_arm(), devices=8).state
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5), many.params, uninterrupted.params)
+def test_eight_devices_equal_one():
+    # Plain SGD: Adam divides by the gradient's size, so for a bias before batch normalisation it follows rounding.
+    one, eight = (run(make_arm(optimizer=optax.sgd(0.01)), devices=devices).state for devices in (1, 8))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5), eight.params, one.params)
 
 
 def test_metrics_are_window_means_and_have_no_duplicates_after_a_resume(tmp_path):
     path = tmp_path / "metrics.jsonl"
     with JsonlWriter(path) as writer:
-        run(make_arm(), tmp_path / "c", writer=writer)
-        run(make_arm(), tmp_path / "c", writer=writer)
+        run(make_arm(), tmp_path / "c", writers=[writer])
+        run(make_arm(), tmp_path / "c", writers=[writer])
     lines = [line for line in read_jsonl(path) if "loss" in line]
     assert [line["step"] for line in lines] == [4, 8, 12]
     assert lines[0]["hparams"]["kl.temperature"] == 4.0
@@ -168,7 +181,7 @@ def test_metrics_are_window_means_and_have_no_duplicates_after_a_resume(tmp_path
 @pytest.fixture(scope="module")
 def finished_run(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("run")
-    return workdir, recipe.run(tiny_config(), workdir, say=QUIET)
+    return workdir, recipe.run(tiny_config(), workdir, say=QUIET).results
 
 
 def test_main_job_writes_everything_it_promises(finished_run):
@@ -184,8 +197,8 @@ def test_main_job_writes_everything_it_promises(finished_run):
 
 def test_same_seed_gives_the_same_weights_and_a_rerun_changes_nothing(finished_run, tmp_path):
     workdir, found = finished_run
-    again = recipe.run(tiny_config(), tmp_path, say=QUIET)
-    rerun = recipe.run(tiny_config(), workdir, say=QUIET)
+    again = recipe.run(tiny_config(), tmp_path, say=QUIET).results
+    rerun = recipe.run(tiny_config(), workdir, say=QUIET).results
     for arm, result in found["arms"].items():
         assert again["arms"][arm]["params_sha256"] == result["params_sha256"]
         assert rerun["arms"][arm]["params_sha256"] == result["params_sha256"]
@@ -207,7 +220,7 @@ def test_teacher_from_a_checkpoint_and_several_teachers(finished_run, tmp_path):
     config = tiny_config()
     config.teacher.init = str(workdir)
     config.more_teachers = {"second": {"options": {"hidden": (16,)}, "weight": 0.5}}
-    both = recipe.run(config, tmp_path, say=QUIET)
+    both = recipe.run(config, tmp_path, say=QUIET).results
     assert not (tmp_path / "checkpoints" / "teacher").exists()  # loaded, not trained
     assert (tmp_path / "checkpoints" / "second").is_dir()
     assert both["arms"]["teacher"]["params"] > found["arms"]["teacher"]["params"]

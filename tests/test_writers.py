@@ -195,6 +195,7 @@ def test_an_exception_inside_progress_is_not_swallowed():
 def test_eta_is_the_time_left():
     stream = io.StringIO()
     with Progress("teacher", 300, 100, stream=stream, every_s=0.0) as progress:
-        progress._began = time.monotonic() - 50.0
-        progress.update(150, {}, 1.0)  # 50 steps in 50 s, 150 are left
-    assert "ETA 00:02:30" in stream.getvalue()
+        progress.update(110, {}, 1.0)
+        progress._began = (time.monotonic() - 40.0, 110)
+        progress.update(150, {}, 1.0)  # 40 steps in 40 s, 150 are left
+    assert "ETA unknown" in stream.getvalue() and "ETA 00:02:30" in stream.getvalue()

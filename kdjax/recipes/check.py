@@ -6,26 +6,26 @@ what the same term gives for another teacher.
 """
 
 import json
-import math
-import os
-from collections.abc import Iterable, Mapping
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 from rich.console import Console
 from rich.table import Table
 
-from kdjax import checkpoint, experiment as experiments, metrics, objective, sharding, train
+from kdjax import checkpoint, metrics, objective, sharding, train
+from kdjax import experiment as experiments
 from kdjax.data.sources import Dataset, Split
 from kdjax.errors import UserError
 from kdjax.experiment import MAIN, Experiment
 from kdjax.model import Array, Model, Outputs, Params, Variables
 from kdjax.objective import Batch, Hparams, Objective
+from kdjax.recipes import program
 from kdjax.state import TrainState
 from kdjax.step import make_train_step
 from kdjax.tasks import classification
@@ -36,7 +36,7 @@ TEACHER_EXAMPLES = 512  # of the test set, to score a teacher on
 # Relative to the yardstick. Rounding alone gives less than 1e-5 in float32; a wrong formula gives about 1. bfloat16
 # keeps 8 bits, so two roundings of one logit may differ by 2^-8.
 ZERO = {"float32": 1e-3, "bfloat16": 1e-2}
-EQUAL = 1e-3
+EQUAL = {"float32": 1e-3, "bfloat16": 3e-2}
 FAR_ABOVE_CHANCE = 0.25  # of the way from guessing the commonest class to knowing all
 
 
@@ -47,21 +47,6 @@ class Check(NamedTuple):
     ok: bool | None
     value: float | int | str | None
     meaning: str
-
-
-class Program(NamedTuple):
-    """A compiled step as its compiler describes it; bytes are those of one device."""
-
-    compiled: Any  # jax.stages.Compiled; returns (state, metrics as one array)
-    flops: float  # of one step over all devices, each body of a loop counted once
-    argument_bytes: int
-    output_bytes: int  # without what takes the place of an argument
-    temp_bytes: int
-
-    @property
-    def bytes(self) -> int:
-        """All that the step needs at once on one device."""
-        return self.argument_bytes + self.output_bytes + self.temp_bytes
 
 
 def run(config: ConfigDict, *, json_output: bool = False, dataset: Dataset | None = None) -> list[Check]:
@@ -114,15 +99,17 @@ def _of_models(experiment: Experiment) -> list[Check]:
         name: loaded[name] or jax.jit(model.init)(jax.random.key(number + 1))
         for number, (name, model) in enumerate(experiment.teachers.items())
     }
-    arm = experiments.make_arm(experiment, DISTILLED, train.put_teachers(teachers, mesh, experiment.config.sharding.teacher))
+    placed = train._put(teachers, mesh, experiment.config.sharding.teacher)
+    arm = experiments.make_arm(experiment, DISTILLED, placed)
     state = train.fresh_state(arm, mesh)
     other = train.fresh_state(arm._replace(key=jax.random.fold_in(arm.key, 1)), mesh)
     batch = _small_batch(experiment, arm)
+    equal = EQUAL[experiment.config.train.dtype]
     frozen = student._replace(apply=lambda variables, inputs, **_: student.apply(variables, inputs, train=False))
 
     found, seen = [], set()
     for number, stage in enumerate(arm.stages):
-        hparams = _hparams_of(stage, state._replace(step=jnp.asarray(stage.start)), arm.teacher_variables, batch)
+        hparams = _hparams_of(stage, arm, state, mesh)
         where = f" (stage {number + 1})" if len(arm.stages) > 1 else ""
         terms = _terms(hparams)
         for name, options in terms.items():
@@ -138,9 +125,9 @@ def _of_models(experiment: Experiment) -> list[Check]:
         # A term whose weight starts at 0 takes part with weight 1.
         whole = {name: {**options, "weight": options["weight"] or 1.0} for name, options in terms.items()}
         goal = objective.make_objective(whole, weights, experiment.config.teacher.combine)
-        for check in (unmoved_by_splitting, unmoved_by_padding):
-            result = check(goal, frozen, experiment.teachers, _variables(state), arm.teacher_variables, batch)
-            found.append(result._replace(name=result.name + where))
+        for invariance in (unmoved_by_splitting, unmoved_by_padding):
+            check = invariance(goal, frozen, experiment.teachers, _variables(state), placed, batch, equal)
+            found.append(check._replace(name=check.name + where))
     if state.model_state:
         note = "; in inference mode, since batch statistics do see the parts"
         found = [c._replace(meaning=c.meaning + note) if c.name.startswith("two parts") else c for c in found]
@@ -168,19 +155,19 @@ def zero_when_equal(
     rounded = student._replace(apply=apply)
 
     @jax.jit
-    def measure(variables: Variables, teacher: Variables) -> tuple[Array, Array]:
-        loss, gradient = _loss_and_gradient(goal, rounded, {MAIN: rounded}, variables, {MAIN: teacher}, batch)
+    def measure(variables: Variables, teacher: Variables, hparams: Hparams) -> tuple[Array, Array]:
+        loss, gradient = _loss_and_gradient(goal, rounded, {MAIN: rounded}, variables, {MAIN: teacher}, batch, hparams)
         return loss, optax.tree.norm(gradient)
 
     # The student's weights come in twice, so that the compiler cannot see that both are one.
-    equal, apart = jax.device_get((measure(variables, variables), measure(variables, others)))
-    loss, gradient = (abs(float(a)) / max(abs(float(b)), 1e-30) for a, b in zip(equal, apart, strict=True))
+    same, apart = (jax.device_get(measure(variables, teacher, goal.hparams)) for teacher in (variables, others))
+    loss, gradient = (abs(float(a)) / max(abs(float(b)), 1e-30) for a, b in zip(same, apart, strict=True))
     value = max(loss, gradient)
     return Check(
         f"student = teacher gives 0 in {dtype}",
         value <= ZERO[dtype],
         value,
-        f"loss and gradient of a student that is its teacher, over those with another teacher (at most {ZERO[dtype]:g})",
+        f"loss and gradient of a student that is its teacher, over those for another teacher (at most {ZERO[dtype]:g})",
     )
 
 
@@ -191,22 +178,24 @@ def unmoved_by_splitting(
     variables: Variables,
     teacher_variables: Mapping[str, Variables],
     batch: Batch,
+    equal: float = EQUAL["float32"],
 ) -> Check:
     """Two accumulated parts of a batch give the loss and the gradient of the whole, with labels hidden unevenly."""
-    hidden = jnp.arange(len(batch["labels"])) % 4 == 0  # all of them in the first part
+    place = jnp.arange(len(batch["labels"]))
+    hidden = (place % 2 == 0) & (place > 0)  # the first part keeps one label, the second all
     batch = {**batch, "labels": jnp.where(hidden, -1, batch["labels"])}
 
     @jax.jit
-    def measure(variables, teacher_variables, batch):
+    def measure(variables, teacher_variables, batch, hparams):
         parts = [
-            _loss_and_gradient(goal, student, teachers, variables, teacher_variables, batch, accumulate)
+            _loss_and_gradient(goal, student, teachers, variables, teacher_variables, batch, hparams, accumulate)
             for accumulate in (1, 2)
         ]
         return _difference(*parts)
 
-    value = float(measure(variables, teacher_variables, batch))
-    meaning = f"change of loss and gradient when the batch is walked over in two parts, relative (at most {EQUAL:g})"
-    return Check("two parts give the loss of the whole", value <= EQUAL, value, meaning)
+    value = float(measure(variables, teacher_variables, batch, goal.hparams))
+    meaning = f"change of loss and gradient when the batch is walked over in two parts, relative (at most {equal:g})"
+    return Check("two parts give the loss of the whole", value <= equal, value, meaning)
 
 
 def unmoved_by_padding(
@@ -216,22 +205,24 @@ def unmoved_by_padding(
     variables: Variables,
     teacher_variables: Mapping[str, Variables],
     batch: Batch,
+    equal: float = EQUAL["float32"],
 ) -> Check:
     """Masked examples, whatever is in them, change neither the loss nor the gradient."""
 
     @jax.jit
-    def measure(variables, teacher_variables, batch):
+    def measure(variables, teacher_variables, batch, hparams):
         rubbish = {**batch, "inputs": 3.0 - batch["inputs"], "labels": jnp.roll(batch["labels"], 1)}
         padded = {name: jnp.concatenate([batch[name], rubbish[name]]) for name in batch}
         padded["mask"] = jnp.concatenate([jnp.ones(len(batch["labels"])), jnp.zeros(len(batch["labels"]))])
         parts = [
-            _loss_and_gradient(goal, student, teachers, variables, teacher_variables, each) for each in (batch, padded)
+            _loss_and_gradient(goal, student, teachers, variables, teacher_variables, each, hparams)
+            for each in (batch, padded)
         ]
         return _difference(*parts)
 
-    value = float(measure(variables, teacher_variables, batch))
-    meaning = f"change of loss and gradient when as many masked examples are added, relative (at most {EQUAL:g})"
-    return Check("padding changes nothing", value <= EQUAL, value, meaning)
+    value = float(measure(variables, teacher_variables, batch, goal.hparams))
+    meaning = f"change of loss and gradient when as many masked examples are added, relative (at most {equal:g})"
+    return Check("padding changes nothing", value <= equal, value, meaning)
 
 
 def teacher_knows(experiment: Experiment, name: str, variables: Variables | None) -> Check:
@@ -266,16 +257,16 @@ def _loss_and_gradient(
     variables: Variables,
     teacher_variables: Mapping[str, Variables],
     batch: Batch,
+    hparams: Hparams,
     accumulate: int = 1,
 ) -> tuple[Array, Params]:
     """Of the very step that trains: its optimiser is one that keeps the gradient as its state and moves nothing."""
     zeros = lambda tree: jax.tree.map(jnp.zeros_like, tree)
     keep = optax.GradientTransformation(zeros, lambda gradient, state, params=None: (zeros(gradient), gradient))
-    state = TrainState(
-        jnp.zeros((), jnp.int32), variables["params"], variables["state"], keep.init(variables["params"]), jax.random.key(0), {}
-    )
+    params, zero = variables["params"], jnp.zeros((), jnp.int32)
+    state = TrainState(zero, params, variables["state"], keep.init(params), jax.random.key(0), ema={})
     step = make_train_step(student, teachers, goal, keep, accumulate=accumulate)
-    after, found = step(state, teacher_variables, batch, goal.hparams)
+    after, found = step(state, teacher_variables, batch, hparams)
     return found["loss"][0], after.opt_state
 
 
@@ -292,16 +283,21 @@ def _variables(state: TrainState) -> Variables:
 
 
 def _small_batch(experiment: Experiment, arm: train.Arm) -> Batch:
-    """The first examples of the run, normalised, without augmentation: a number that two parts of each device divide."""
+    """Some examples, normalised and not augmented: as many as two parts on each device divide."""
     unit = 2 * experiment.mesh.size
     size = max(min(arm.batch_size, EXAMPLES) // unit, 1) * unit
     split = experiment.student_train
     ids = np.arange(size) % len(split.labels)
-    raw = {"inputs": split.inputs[ids], "labels": split.labels[ids], "id": ids.astype(np.int32), "epoch": 0 * ids.astype(np.int32)}
+    raw = {
+        "inputs": split.inputs[ids],
+        "labels": split.labels[ids],
+        "id": ids.astype(np.int32),
+        "epoch": 0 * ids.astype(np.int32),
+    }
     return jax.jit(classification.make_normalise(experiment.dataset))(sharding.put_batch(raw, experiment.mesh))
 
 
-def _hparams_of(stage: train.Stage, state: TrainState, teachers: Mapping[str, Variables], batch: Batch) -> dict[str, float]:
+def _hparams_of(stage: train.Stage, arm: train.Arm, state: TrainState, mesh: Mesh) -> dict[str, float]:
     """The hyperparameters as used at a stage's first step; the compiler drops all else that the step would compute."""
 
     @jax.jit
@@ -309,7 +305,9 @@ def _hparams_of(stage: train.Stage, state: TrainState, teachers: Mapping[str, Va
         found = stage.step(state, teachers, batch, hparams)[1]
         return {name.removeprefix("hparams/"): pair[0] for name, pair in found.items() if name.startswith("hparams/")}
 
-    return {name: float(value) for name, value in values(state, teachers, batch, stage.hparams).items()}
+    batch = sharding.put_batch(next(arm.batches(0)), mesh)
+    at_start = state._replace(step=jnp.full_like(state.step, stage.start))
+    return {key: float(value) for key, value in values(at_start, arm.teacher_variables, batch, stage.hparams).items()}
 
 
 def _terms(hparams: Hparams) -> dict[str, dict[str, float]]:
@@ -320,3 +318,82 @@ def _terms(hparams: Hparams) -> dict[str, dict[str, float]]:
         if name in objective.TERMS:
             terms.setdefault(name, {})[option] = value
     return terms
+
+
+# ------------------------------------------------------------------------------------------------ the compiled program
+
+
+def _of_program(experiment: Experiment) -> list[Check]:
+    config, mesh = experiment.config, experiment.mesh
+    size = config.data.batch_size
+    arm = experiments.make_arm(experiment, DISTILLED)
+    steps = [(program.compile_stage(experiment, arm, stage, size), stage) for stage in arm.stages]
+    heaviest, stage = max(steps, key=lambda pair: pair[0].bytes)
+    double = program.compile_stage(experiment, arm, stage, 2 * size)
+    limit, where = program.memory_limit(jax.local_devices()[0])
+    fits = heaviest.bytes <= limit
+    per_example = max(double.bytes - heaviest.bytes, 1) / size
+    unit = mesh.size * config.train.accumulate
+    largest = max(int((limit - heaviest.bytes) / per_example + size) // unit * unit, 0)
+    state, teachers = train.abstract_state(arm, mesh), program.abstract_teachers(experiment)
+    sizes = {"teacher": teachers, "student": (state.params, state.model_state, state.ema), "optimiser": state.opt_state}
+    weights = ", ".join(f"{name} {program.shown(program.bytes_per_device(tree))}" for name, tree in sizes.items())
+    parts = f"arguments {program.shown(heaviest.argument_bytes)}, temporaries {program.shown(heaviest.temp_bytes)}"
+    of = f"bytes per device, of {program.shown(limit)} ({where}): {parts}"
+    return [
+        _teacher_unchanged(experiment, arm, steps, fits),
+        Check("memory of a step fits", fits, heaviest.bytes, of),
+        Check("largest batch", None, largest, "what would fit, by the memory of this batch and of twice as many"),
+        Check("weights per device", None, weights, f"on a mesh of {mesh.size}"),
+        _flops_per_step(experiment, steps),
+    ]
+
+
+def _teacher_unchanged(
+    experiment: Experiment, arm: train.Arm, steps: list[tuple[program.Program, train.Stage]], fits: bool
+) -> Check:
+    title = "teacher unchanged by a step"
+    if not fits:
+        return Check(title, None, None, "not checked: the step does not fit")
+    mesh = experiment.mesh
+    fresh = {name: jax.jit(model.init)(jax.random.key(0)) for name, model in experiment.teachers.items()}
+    teachers = train._put(fresh, mesh, experiment.config.sharding.teacher)
+    before = checkpoint.digest(teachers)
+    state = train.fresh_state(arm, mesh)
+    batch = sharding.put_batch(next(arm.batches(0)), mesh)
+    for step, stage in steps:
+        state, _ = step.compiled(state, teachers, batch, jax.device_put(stage.hparams, sharding.replicated(mesh)))
+    jax.block_until_ready(state)
+    after = checkpoint.digest(teachers)
+    meaning = "fingerprint of the teachers' weights after a real step of each stage, bit for bit as before"
+    return Check(title, before == after, after[:16], meaning)
+
+
+def _flops_per_step(experiment: Experiment, steps: list[tuple[program.Program, train.Stage]]) -> Check:
+    config = experiment.config
+    flops = [step.flops for step, _ in steps]
+    if config.train.accumulate > 1:
+        whole = program.in_one_part(experiment)
+        arm = experiments.make_arm(whole, DISTILLED)
+        flops = [program.compile_stage(whole, arm, stage, arm.batch_size).flops for stage in arm.stages]
+    meaning = f"compiled operations on all devices, {max(flops) / config.data.batch_size:.3g} per example"
+    return Check("FLOPs of a step", None, max(flops), meaning)
+
+
+# ------------------------------------------------------------------------------------------------------- what is shown
+
+
+def _table(found: list[Check]) -> Table:
+    table = Table("check", "", "value", "what it means")
+    marks = {True: "[green]ok[/]", False: "[bold red]FAILED[/]", None: "-"}
+    for check in found:
+        table.add_row(check.name, marks[check.ok], _shown(check), check.meaning)
+    return table
+
+
+def _shown(check: Check) -> str:
+    if isinstance(check.value, float):
+        return f"{check.value:.3g}"
+    if check.name.startswith("memory"):
+        return program.shown(int(check.value or 0))
+    return "" if check.value is None else str(check.value)

@@ -4,22 +4,26 @@ import contextlib
 import fcntl
 import json
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from kdjax import checkpoint, config as configs, experiment as experiments, metrics, objective, report, results, train
+from kdjax import checkpoint, metrics, objective, report, results, train
+from kdjax import config as configs
+from kdjax import experiment as experiments
 from kdjax.errors import UserError, unknown
 from kdjax.experiment import MAIN, STUDENTS, Experiment
 from kdjax.model import Variables
 from kdjax.state import inference_variables
 from kdjax.step import make_predict
 from kdjax.tasks import classification
-from kdjax.writers import JsonlWriter, read_jsonl, write_atomic
+from kdjax.writers import JsonlWriter, TensorBoardWriter, read_jsonl, write_atomic
 
 Say = Callable[[str], None]
 
@@ -32,14 +36,18 @@ class Trained(NamedTuple):
     examples_per_s: float | None
 
 
-def run(config: ConfigDict, workdir: Path, *, say: Say = print) -> dict[str, Any]:
-    """Trains the three arms in ``workdir`` (resuming what is there), scores them and writes the report.
+class Outcome(NamedTuple):
+    """What ``results.json`` holds, and on how many test examples it was measured."""
 
-    Returns:
-      What ``results.json`` holds.
-    """
+    results: dict[str, Any]
+    test_examples: int
+
+
+def run(config: ConfigDict, workdir: Path, *, say: Say = print) -> Outcome:
+    """Trains the three arms in ``workdir`` (resuming what is there), scores them and writes the report."""
     experiment = experiments.prepare(config)
     with claimed(workdir, experiment.config):
+        _check_disk(experiment, workdir, (*experiment.teachers, *STUDENTS))
         teachers = obtain_teachers(experiment, workdir, say=say)
         arms = {name: train_arm(experiment, name, workdir, teachers=teachers, say=say) for name in STUDENTS}
         return score_and_report(experiment, workdir, teachers, arms)
@@ -51,11 +59,12 @@ def run_one(config: ConfigDict, workdir: Path, arm: str, *, say: Say = print) ->
     if arm not in (*experiment.teachers, *STUDENTS):
         raise unknown("arm", arm, [*experiment.teachers, *STUDENTS])
     with claimed(workdir, experiment.config):
+        _check_disk(experiment, workdir, (arm,))
         teachers = obtain_teachers(experiment, workdir, say=say) if arm == "student_distilled" else {}
         return train_arm(experiment, arm, workdir, teachers=teachers, say=say)
 
 
-def evaluate(config: ConfigDict, workdir: Path, *, say: Say = print) -> dict[str, Any]:
+def evaluate(config: ConfigDict, workdir: Path, *, say: Say = print) -> Outcome:
     """Scores the arms of a finished workdir again and rewrites its results and report; trains nothing."""
     experiment = experiments.prepare(config)
     with claimed(workdir, experiment.config):
@@ -91,12 +100,16 @@ def claimed(workdir: Path, config: ConfigDict) -> Iterator[None]:
         workdir.mkdir(parents=True, exist_ok=True)
         lock = open(workdir / ".lock", "w")  # noqa: SIM115 - held open for as long as the run lasts
     except OSError as error:
-        raise UserError(f"cannot write in the workdir {workdir}: {error.strerror}; choose another --workdir.") from error
+        raise UserError(
+            f"cannot write in the workdir {workdir}: {error.strerror}; choose another --workdir."
+        ) from error
     with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            raise UserError(f"another run is in the workdir {workdir}: wait for it, or choose another --workdir.") from error
+            raise UserError(
+                f"another run is in the workdir {workdir}: wait for it, or choose another --workdir."
+            ) from error
         if saved.exists():
             changed = configs.differences(saved_config(workdir), config)
             if changed:
@@ -105,9 +118,13 @@ def claimed(workdir: Path, config: ConfigDict) -> Iterator[None]:
                     "choose another --workdir, or go back to that config."
                 )
         try:
-            write_atomic(saved, configs.to_json({"config_sha256": configs.sha256(config), "config": config.to_dict()}) + "\n")
+            write_atomic(
+                saved, configs.to_json({"config_sha256": configs.sha256(config), "config": config.to_dict()}) + "\n"
+            )
         except OSError as error:
-            raise UserError(f"cannot write {saved}: {error.strerror}; free some space or choose another --workdir.") from error
+            raise UserError(
+                f"cannot write {saved}: {error.strerror}; free some space or choose another --workdir."
+            ) from error
         yield
 
 
@@ -133,14 +150,14 @@ def train_arm(
     score = classification.make_score(arm.model, experiment.dataset, experiment.mesh, config.data.eval_batch_size)
     test = experiment.dataset.test
     accuracy = lambda variables: metrics.classification(score(variables, test), test.labels)["accuracy"]
-    meta = {"arm": name, "config_sha256": experiment.config_sha256}
+    meta: dict[str, Any] = {"arm": name, "config_sha256": experiment.config_sha256}
     if taught:
         meta["teacher_sha256"] = {key: checkpoint.digest(variables) for key, variables in taught.items()}
     every = train.Every(config.log.every, config.log.eval_every, config.checkpoint.every, config.train.stop_on_nan)
     folder = Path(workdir) / "checkpoints" / name
     with (
         checkpoint.Checkpoints(folder, config.checkpoint.keep, config.checkpoint.keep_best) as checkpoints,
-        JsonlWriter(Path(workdir) / "metrics.jsonl") as writer,
+        _writers(config, Path(workdir)) as writers,
     ):
         done = train.run(
             arm,
@@ -148,16 +165,29 @@ def train_arm(
             every=every,
             checkpoints=checkpoints,
             meta=meta,
-            writer=writer if jax.process_index() == 0 else None,
+            writers=writers,
             evaluate=accuracy,
             say=say,
         )
     return Trained(inference_variables(done.state), int(jax.device_get(done.state.step)), done.examples_per_s)
 
 
+@contextlib.contextmanager
+def _writers(config: ConfigDict, workdir: Path) -> Iterator[list[Any]]:
+    """Where metrics go; one process writes for all."""
+    with contextlib.ExitStack() as stack:
+        opened: list[Any] = []
+        if jax.process_index() == 0:
+            opened.append(stack.enter_context(JsonlWriter(workdir / "metrics.jsonl")))
+            if config.log.tensorboard:
+                opened.append(TensorBoardWriter(workdir / "tensorboard"))
+                stack.callback(opened[-1].close)
+        yield opened
+
+
 def score_and_report(
     experiment: Experiment, workdir: Path, teachers: dict[str, Trained], students: dict[str, Trained]
-) -> dict[str, Any]:
+) -> Outcome:
     """Scores every arm on the whole test set, and writes ``results.json`` and ``report.html``."""
     config, dataset = experiment.config, experiment.dataset
     models = {**experiment.teachers, **dict.fromkeys(STUDENTS, experiment.student)}
@@ -194,7 +224,7 @@ def score_and_report(
             labels=dataset.test.labels,
             class_names=dataset.class_names,
         )
-    return found
+    return Outcome(found, len(dataset.test.labels))
 
 
 def _combined(experiment: Experiment, logits: dict[str, np.ndarray]) -> np.ndarray:
@@ -202,7 +232,9 @@ def _combined(experiment: Experiment, logits: dict[str, np.ndarray]) -> np.ndarr
     if len(logits) == 1:
         return logits[MAIN]
     weights = [experiments.member(experiment.config, name).weight for name in logits]
-    together = objective.combine_teachers(list(logits.values()), weights, experiment.config.teacher.combine)
+    together = objective.combine_teachers(
+        [*map(jnp.asarray, logits.values())], weights, experiment.config.teacher.combine
+    )
     return np.asarray(jax.device_get(together))
 
 
@@ -210,7 +242,9 @@ def _whole(teachers: dict[str, Trained]) -> Trained:
     """Several teachers as the one that the table shows: all weights, all steps."""
     if len(teachers) == 1:
         return teachers[MAIN]
-    parts = {part: {name: teacher.variables[part] for name, teacher in teachers.items()} for part in ("params", "state")}
+    parts = {
+        part: {name: teacher.variables[part] for name, teacher in teachers.items()} for part in ("params", "state")
+    }
     return Trained(parts, sum(teacher.steps for teacher in teachers.values()), None)
 
 
@@ -223,6 +257,20 @@ def _latency(experiment: Experiment, models: dict[str, Any], variables: dict[str
     together = jax.jit(lambda weights, inputs: [predicts[name](weights[name], {"inputs": inputs}) for name in predicts])
     example = jax.device_put(experiment.dataset.test.inputs[:1], device)
     return results.latency(lambda inputs: together(weights, inputs), example)
+
+
+def _check_disk(experiment: Experiment, workdir: Path, arms: tuple[str, ...]) -> None:
+    """Refuses a run whose checkpoints would not fit on the disk: those that are kept, and one that is being written."""
+    kept = experiment.config.checkpoint.keep + experiment.config.checkpoint.keep_best + 1
+    states = [train.abstract_state(experiments.make_arm(experiment, arm), experiment.mesh) for arm in arms]
+    needed = kept * sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(states))
+    free = shutil.disk_usage(workdir).free
+    if needed > free:
+        text = results.bytes_text
+        raise UserError(
+            f"the checkpoints in {workdir} will need {text(needed)} and the disk has {text(free)} left: free some space, lower "
+            "checkpoint.keep, or choose another --workdir."
+        )
 
 
 def _require_finished(experiment: Experiment, name: str, workdir: Path) -> None:

@@ -17,7 +17,7 @@ from kdjax.step import make_predict
 
 def make_preprocess(dataset: Dataset, config_augment: Mapping[str, Any]) -> Callable[[Batch, Array], Batch]:
     """``preprocess(batch, key) -> batch`` for training: normalised, then augmented on the device."""
-    transform = augment.make(config_augment, dataset.train.inputs.shape[1:])
+    transform = augment.make(config_augment, dataset.train.inputs.shape[1:], dataset.mean, dataset.std)
     normalise = make_normalise(dataset)
     return lambda batch, key: transform(normalise(batch), key)
 
@@ -34,7 +34,10 @@ def make_score(model: Model, dataset: Dataset, mesh: Mesh, batch_size: int) -> C
     """
     predict = make_predict(model, make_normalise(dataset))
     # Replicated, so that every process holds the whole batch's scores.
-    jitted = jax.jit(lambda variables, batch: (predict(variables, batch), batch["id"], batch["mask"]), out_shardings=sharding.replicated(mesh))
+    jitted = jax.jit(
+        lambda variables, batch: (predict(variables, batch), batch["id"], batch["mask"]),
+        out_shardings=sharding.replicated(mesh),
+    )
 
     def score(variables: Variables, split: Split) -> np.ndarray:
         logits: np.ndarray | None = None

@@ -1,0 +1,215 @@
+"""``kdjax bench step``: the compiled step against its parts, its FLOPs, its compilations and transfers, and its input."""
+
+import os
+import statistics
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+from rich.table import Table
+
+from kdjax import experiment as experiments, sharding, train
+from kdjax.experiment import Experiment
+from kdjax.model import Array, Model, Outputs, Variables
+from kdjax.recipes import program
+from kdjax.step import make_predict
+from kdjax.tasks import classification
+
+SECONDS = 20.0  # of each timed comparison, unless the fewest rounds take longer
+FEWEST, MOST = 15, 300  # rounds
+BLOCK = 20  # steps of a run that are timed as one
+STEPS = 20  # of each stage, in the run whose compilations are counted: more than can be in flight
+COMPILED = "/jax/core/compile/backend_compile_duration"
+
+
+class Bench(NamedTuple):
+    """The compiled step of the distilled student's first stage and fresh values of all its arguments, on the devices."""
+
+    experiment: Experiment
+    arm: train.Arm
+    program: program.Program
+    teachers: dict[str, Variables]
+    batch: dict[str, jax.Array]
+    hparams: Any
+
+    def state(self) -> Any:
+        """A fresh state; the step donates the one that it is given."""
+        return train.fresh_state(self.arm, self.experiment.mesh)
+
+
+def measure(config: ConfigDict) -> dict[str, Any]:
+    """The first stage's step against its parts, its FLOPs, its compilations and transfers, and the input pipeline.
+
+    Weights are fresh: their values change no time. Gradient accumulation is switched off. Takes about a minute.
+    """
+    bench = prepare(config)
+    experiment, arm = bench.experiment, bench.arm
+    times = fused_and_parts(bench)
+    compiles, transfers, complaint = compiles_and_transfers(arm, experiment.mesh)
+    constant_s, input_s = constant_and_input(bench)
+    minimum = _forward_flops(bench, experiment.teachers) + 3 * _forward_flops(bench, {"student": experiment.student})
+    values = {
+        "fused_over_parts": times["fused"] / (times["teacher"] + times["student"]),
+        "flops_over_minimum": bench.program.flops / minimum,
+        "compiles": compiles,
+        "host_transfers": transfers,
+        "input_over_constant": input_s / constant_s,
+        "temp_bytes": bench.program.temp_bytes,
+        "device": jax.devices()[0].device_kind,
+        "jax": jax.__version__,
+        "fused_ms": times["fused"] * 1e3,
+        "teacher_forward_ms": times["teacher"] * 1e3,
+        "student_update_ms": times["student"] * 1e3,
+        "constant_step_ms": constant_s * 1e3,
+        "input_step_ms": input_s * 1e3,
+        "examples_per_s": arm.batch_size / input_s,
+        "flops": bench.program.flops,
+        "flops_minimum": minimum,
+        "batch_size": arm.batch_size,
+        "teacher": [experiments.member(experiment.config, name).name for name in experiment.teachers],
+        "student": experiment.config.student.name,
+        "dtype": experiment.config.train.dtype,
+        "data": experiment.dataset.name,
+        "devices": experiment.mesh.size,
+        "nproc": os.cpu_count(),
+    }
+    if complaint:
+        values["host_transfer"] = complaint
+    return values
+
+
+def fused_and_parts(bench: Bench, *, fewest: int = FEWEST, seconds: float = SECONDS) -> dict[str, float]:
+    """Median seconds of the fused step, the teachers' forward pass alone, and the student's update alone.
+
+    The parts do together what the step does: the teachers take the batch as the student sees it (normalised and
+    augmented beforehand), and the student's update, which does the same preprocessing as the fused step, takes the
+    teachers' logits as an argument. All three take turns in one process, and each is waited for.
+    """
+    experiment = bench.experiment
+    preprocess = classification.make_preprocess(experiment.dataset, experiment.config.data.augment.to_dict())
+    seen = jax.jit(preprocess)(bench.batch, bench.state().key)
+    forward = jax.jit(_forward(experiment.teachers))
+    logits = forward(bench.teachers, seen)
+    said = Model(init=lambda key: {}, apply=lambda logits, inputs, **_: (Outputs(logits), {}))
+    told = experiment._replace(teachers=dict.fromkeys(experiment.teachers, said))
+    student = _compile(told, experiments.make_arm(told, DISTILLED), logits, bench.batch, bench.hparams)
+    states = {"fused": bench.state(), "student": bench.state()}
+
+    def update(name: str, compiled: Any, teachers: Any) -> None:
+        states[name], packed = compiled(states[name], teachers, bench.batch, bench.hparams)
+        jax.block_until_ready((states[name], packed))
+
+    calls: dict[str, Callable[[], Any]] = {
+        "fused": lambda: update("fused", bench.program.compiled, bench.teachers),
+        "teacher": lambda: jax.block_until_ready(forward(bench.teachers, seen)),
+        "student": lambda: update("student", student, logits),
+    }
+    return _medians(calls, fewest, seconds)
+
+
+def compiles_and_transfers(arm: train.Arm, mesh: Mesh, steps: int = STEPS) -> tuple[float, int, str]:
+    """Compilations per stage and implicit transfers in the loop, in a real run of a few steps of every stage.
+
+    Counts what the compiler reports from the first compilation of a step to the end of the run, so a compilation inside
+    the loop is seen whatever it is of. The loop runs under ``transfer_guard("disallow")``, which stops it at the first
+    implicit transfer: the count is 0 or 1, and 1 comes with what the guard said.
+    """
+    names: list[str] = []
+
+    def listen(event: str, _: float, **kind: Any) -> None:
+        if event == COMPILED:
+            names.append(str(kind.get("fun_name")))
+
+    short = [s._replace(start=i * steps, stop=(i + 1) * steps) for i, s in enumerate(arm.stages)]
+    complaint = ""
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        train.run(arm._replace(stages=short), mesh, every=train.Every(log=steps, stop_on_nan=False))
+    except jax.errors.JaxRuntimeError as error:
+        if "transfer" not in str(error):
+            raise
+        complaint = str(error).splitlines()[0]
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+    first = next((place for place, name in enumerate(names) if "packed" in name), len(names))
+    return (len(names) - first) / len(short), int(bool(complaint)), complaint
+
+
+def constant_and_input(bench: Bench, *, fewest: int = FEWEST, seconds: float = SECONDS) -> tuple[float, float]:
+    """Median seconds per step on one batch that stays on the devices, and with the real input pipeline.
+
+    Blocks of steps take turns. Within a block the loop is that of training: a bounded number of steps in flight, metrics
+    fetched late.
+    """
+    mesh = bench.experiment.mesh
+    current = bench.state()
+    real = bench.arm.batches(0)
+
+    def block(next_batch: Callable[[], dict[str, Array]]) -> None:
+        nonlocal current
+        pending: deque[Array] = deque()
+        for _ in range(BLOCK):
+            current, packed = bench.program.compiled(current, bench.teachers, next_batch(), bench.hparams)
+            pending.append(packed)
+            while len(pending) > train.MAX_IN_FLIGHT:
+                jax.device_get(pending.popleft())
+        jax.block_until_ready((current, pending))
+
+    found = medians(
+        {
+            "constant": lambda: block(lambda: bench.batch),
+            "input": lambda: block(lambda: sharding.put_batch(next(real), mesh)),
+        },
+        fewest,
+        seconds,
+    )
+    return found["constant"] / BLOCK, found["input"] / BLOCK
+
+
+def medians(calls: Mapping[str, Callable[[], Any]], fewest: int, seconds: float) -> dict[str, float]:
+    """The median seconds of each call, which take turns in an order that rotates, so that none profits from its place."""
+    names = list(calls)
+    for name in names:  # compiled and in the caches before the first round counts
+        calls[name]()
+    times: dict[str, list[float]] = {name: [] for name in names}
+    began = time.perf_counter()
+    for number in range(MOST):
+        if number >= fewest and time.perf_counter() - began > seconds:
+            break
+        shift = number % len(names)
+        for name in names[shift:] + names[:shift]:
+            start = time.perf_counter()
+            calls[name]()
+            times[name].append(time.perf_counter() - start)
+    return {name: statistics.median(taken) for name, taken in times.items()}
+
+
+def prepare(config: ConfigDict) -> Bench:
+    """Compiles the first stage's step and puts a real batch and fresh weights on the devices."""
+    experiment = program.in_one_part(experiments.prepare(config))
+    mesh = experiment.mesh
+    fresh = {name: jax.jit(model.init)(jax.random.key(0)) for name, model in experiment.teachers.items()}
+    teachers = train._put(fresh, mesh, experiment.config.sharding.teacher)
+    arm = experiments.make_arm(experiment, program.DISTILLED, teachers)
+    return Bench(
+        experiment=experiment,
+        arm=arm,
+        program=program.compile_stage(experiment, arm, arm.stages[0], arm.batch_size),
+        teachers=teachers,
+        batch=sharding.put_batch(next(arm.batches(0)), mesh),
+        hparams=jax.device_put(arm.stages[0].hparams, sharding.replicated(mesh)),
+    )
+
+
+def table(values: Mapping[str, Any]) -> Table:
+    """The measurements for people."""
+    shown = Table("measured", "value", "what it is")
+    for name, text in MEANING.items():
+        value = values[name]
+        shown.add_row(name, f"{value:.4g}" if isinstance(value, float) else str(value), text)
+    return shown
