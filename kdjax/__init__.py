@@ -1,7 +1,7 @@
 """kdjax: knowledge distillation in JAX.
 
-``kdjax.distill`` is the library call; ``kdjax.losses`` and the names below are the pieces. Names are imported when they are
-first used, so that ``import kdjax`` costs little.
+``kdjax.distill`` is the library call; ``kdjax.losses`` and the names below are the pieces. Names are imported when
+they are first used, so that ``import kdjax`` costs little.
 """
 
 import importlib

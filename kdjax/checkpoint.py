@@ -1,8 +1,8 @@
 """Checkpoints: the only module that imports orbax.
 
-A checkpoint holds three items: ``model`` (what is evaluated and handed over: params and state), ``train`` (the rest of the
-state) and ``meta`` (JSON: position, fingerprints, versions, and a checksum of every array, because Orbax restores a flipped
-bit without a word). The teacher is never in it.
+A checkpoint holds three items: ``model`` (what is evaluated and handed over: params and state), ``train`` (the rest of
+the state) and ``meta`` (JSON: position, fingerprints, versions, and a checksum of every array, because Orbax restores
+a flipped bit without a word). The teacher is never in it.
 """
 
 import contextlib
@@ -26,7 +26,7 @@ logging.getLogger("absl").setLevel(logging.ERROR)
 
 
 class Checkpoints:
-    """The checkpoints of one arm of a run, written in the background. A context manager, since a save may be in flight."""
+    """The checkpoints of one arm, written in the background. A context manager, since a save may be in flight."""
 
     def __init__(self, folder: Path, keep: int = 2, keep_best: bool = True):
         self.folder = Path(folder).absolute()
@@ -76,7 +76,7 @@ class Checkpoints:
             self._manager.wait_until_finished()
 
     def restore_newest(self, like: TrainState, say: Callable[[str], None]) -> tuple[TrainState, dict[str, Any]] | None:
-        """The newest undamaged checkpoint, onto the shardings of ``like`` (shapes will do); ``None`` where there is none.
+        """The newest undamaged checkpoint, onto the shardings of ``like`` (shapes will do); ``None`` if there is none.
 
         A damaged checkpoint is set aside (renamed, not deleted), and ``say`` is told.
         """
@@ -89,7 +89,8 @@ class Checkpoints:
                 self._manager.reload()
                 reason = str(error).split("\n")[0][:160]
                 say(
-                    f"checkpoint {self.folder / str(step)} is damaged ({reason}): set aside as {aside.name}, falling back."
+                    f"checkpoint {self.folder / str(step)} is damaged ({reason}): set aside as {aside.name}, "
+                    "falling back to the one before it."
                 )
         return None
 
@@ -111,7 +112,8 @@ def load_model(folder: Path, like: Variables) -> tuple[Variables, dict[str, Any]
     """The deliverable of the newest checkpoint in a folder: ``(variables, meta)``, onto the shardings of ``like``.
 
     Raises:
-      UserError: no checkpoint there, one of another architecture (names the first parameter that differs), or a damaged one.
+      UserError: no checkpoint there, one of another architecture (names the first parameter that differs), or a
+        damaged one.
     """
     folder = Path(folder).absolute()
     steps = (
@@ -157,8 +159,8 @@ def _state(model: Variables, train: dict[str, Any]) -> TrainState:
 def _checksums(tree: Any) -> Any:
     """A 32-bit checksum of each array, computed where it lies, so that it does not depend on the sharding.
 
-    Each word is multiplied by an odd number that depends on its place: a flipped bit always changes the sum, and other damage
-    escapes with a chance of about 2^-32.
+    Each word is multiplied by an odd number that depends on its place: a flipped bit always changes the sum, and other
+    damage escapes with a chance of about 2^-32.
     """
 
     def checksum(leaf: jax.Array) -> jax.Array:

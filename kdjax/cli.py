@@ -122,7 +122,7 @@ Without --config, a small student is distilled on scikit-learn's digits. kdjax V
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Runs the command and exits: 0 done, 2 bad input (one sentence), 128 + n stopped by signal n with the state saved."""
+    """Runs the command and exits: 0 done, 2 bad input (one sentence), 128 + n stopped by signal n, state saved."""
     sys.exit(run(sys.argv[1:] if argv is None else argv))
 
 

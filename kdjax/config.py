@@ -1,4 +1,4 @@
-"""The configuration: every key with its default. ``default()`` is the digits experiment; a config file changes what differs."""
+"""The configuration: every key and its default. ``default()`` is the digits experiment; a file changes what differs."""
 
 import ast
 import hashlib
@@ -145,8 +145,8 @@ def override(config: ConfigDict, words: Sequence[str]) -> ConfigDict:
     """A copy of a config with ``--config.key=value`` words applied.
 
     Values are Python literals (``3``, ``1e-3``, ``(8,16)``, ``None``, ``{'schedule': ...}``) or plain strings. Unlike
-    ml_collections' own flags this may put a number in the place of a schedule, a schedule in the place of a number, and a
-    value where the default is None. Naming another model without options clears the options of the one before.
+    ml_collections' own flags this may put a number in the place of a schedule, a schedule in the place of a number,
+    and a value where the default is None. Naming another model without options clears the options of the one before.
 
     Raises:
       UserError: an unknown key (names the nearest), or a word without a value.

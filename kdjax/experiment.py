@@ -145,7 +145,7 @@ def checkpoint_folder(place: str | Path) -> Path:
 
 
 def member(config: ConfigDict, name: str) -> ConfigDict:
-    """A teacher's part of the config; what one of ``more_teachers`` leaves out is as in ``teacher``, but for its weights."""
+    """A teacher's part of the config: what one of ``more_teachers`` leaves out is as in ``teacher``, but ``init``."""
     main = {key: config.teacher[key] for key in configs.MEMBER_KEYS}
     if name == MAIN:
         return ConfigDict(main)
@@ -251,7 +251,7 @@ def _stage(experiment, model, transform, losses, rate, start, stop, total, per_e
     rate_start = start if own_rate else 0
 
     def hparams_at(params, step):
-        # Schedules of the losses run over their stage, the learning rate over the whole run unless the stage has its own.
+        # The losses' schedules run over their stage, the learning rate over the run, unless the stage has its own.
         values = schedules.at(terms, params, step - start)
         return values | schedules.at({"learning_rate": own}, params, step - rate_start)
 

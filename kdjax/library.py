@@ -1,7 +1,7 @@
 """The library call: your models, your data, a few lines."""
 
 import itertools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from typing import Any, NamedTuple
 
 import jax
@@ -51,18 +51,19 @@ def distill(
     """Distils a teacher into a student.
 
     Args:
-      teacher: a Flax NNX module with its weights, or ``(module, variables)`` for a Linen module or a ``kdjax.Model``; for Linen
-        the variables may be those of ``module.init`` or ``{"params": ..., "state": ...}``.
+      teacher: a Flax NNX module with its weights, or ``(module, variables)`` for a Linen module or a ``kdjax.Model``;
+        for Linen the variables may be those of ``module.init`` or ``{"params": ..., "state": ...}``.
       student: a Flax NNX module (its weights are updated in place too), a Linen module, or a ``kdjax.Model``.
-      data: ``(inputs, labels)`` arrays; inputs alone, for soft terms only; or an iterable of batches, each ``(inputs, labels)`` or
-        a dict with ``inputs`` and ``labels``. A label of -1 means unlabelled.
+      data: ``(inputs, labels)`` arrays; inputs alone, for soft terms only; or an iterable of batches, each ``(inputs,
+        labels)`` or a dict with ``inputs`` and ``labels``. A label of -1 means unlabelled.
       epochs: how often to walk over the arrays; for an iterable leave it out, it is walked over once.
       steps: the number of updates, instead of epochs.
       batch_size: examples per update, over all devices; an iterable brings its own.
-      losses: the terms, as in a config: ``{"kl": {"weight": 0.9, "temperature": 4.0}, "ce": {"weight": 0.1}}`` by default. With
-        no labels at all, leave out ``ce``.
+      losses: the terms, as in a config: ``{"kl": {"weight": 0.9, "temperature": 4.0}, "ce": {"weight": 0.1}}`` by
+        default. With no labels at all, leave out ``ce``.
       optimizer: any optax transformation; ``optax.adamw(1e-3)`` by default.
-      preprocess: ``preprocess(batch, key) -> batch`` on the device, such as augmentation; the teacher sees the same view.
+      preprocess: ``preprocess(batch, key) -> batch`` on the device, such as augmentation; the teacher sees the same
+        view.
       seed: of the student's initial weights (where the module has none), the data order and dropout.
       mesh: the devices; all by default, the batch split over them.
 
@@ -73,13 +74,19 @@ def distill(
       UserError: shapes or classes that do not fit, labels out of range, a NaN.
     """
     mesh = mesh or sharding.make_mesh({"data": -1})
-    batches, batch_size, total = _batches(data, epochs, steps, batch_size, seed)
+    split = _as_split(data)
+    if split is not None:
+        batches, total = _array_batches(split, epochs, steps, batch_size, seed)
+    else:
+        batches, total = _iterable_batches(data, epochs, steps)
     first = next(batches)
+    batch_size = len(first["labels"])
     sharding.check_batch(batch_size, mesh, what="batch_size")
     example = jax.ShapeDtypeStruct(first["inputs"].shape, first["inputs"].dtype)
     teacher_model, teacher_variables = _with_variables(teacher, example)
     model = as_model(student, example)
-    _check_classes(teacher_model, teacher_variables, model, first, example)
+    classes = _common_classes(teacher_model, teacher_variables, model, example)
+    sources.check_split(split or sources.Split(first["inputs"], first["labels"]), classes, "data")
     objective = make_objective(losses or DEFAULT_LOSSES)
     optimizer = optimizer or optax.adamw(1e-3)
     step = make_train_step(model, {"teacher": teacher_model}, objective, optimizer, preprocess=preprocess)
@@ -102,30 +109,33 @@ def distill(
     return Distilled(variables, lambda inputs: predict(variables, {"inputs": inputs}), total)
 
 
-def _batches(data: Any, epochs: int | None, steps: int | None, batch_size: int, seed: int):
-    """``(iterator of batches, examples per batch, number of updates)``."""
+def _as_split(data: Any) -> sources.Split | None:
+    """Arrays as a split; ``None`` for an iterable of batches."""
+    if hasattr(data, "shape"):
+        return sources.as_split(data)
+    if isinstance(data, tuple) and len(data) == 2 and all(hasattr(part, "shape") for part in data):
+        return sources.as_split(*data)
+    return None
+
+
+def _array_batches(split, epochs, steps, batch_size, seed) -> tuple[Iterator[Batch], int]:
+    if (epochs is None) == (steps is None):
+        raise UserError("say how long to train, either with epochs=... or with steps=....")
+    total = steps or max(round((epochs or 0) * len(split.labels) / batch_size), 1)
+    return pipeline.train_batches(split, batch_size=batch_size, seed=seed), total
+
+
+def _iterable_batches(data, epochs, steps) -> tuple[Iterator[Batch], int]:
+    if not isinstance(data, Iterable):
+        kind = type(data).__name__
+        raise UserError(f"data is a {kind}: give (inputs, labels), inputs alone, or an iterable of batches.")
     if epochs is not None and steps is not None:
         raise UserError("epochs and steps are both given: choose one.")
-    if hasattr(data, "shape") or (
-        isinstance(data, tuple) and len(data) == 2 and all(hasattr(part, "shape") for part in data)
-    ):
-        inputs, labels = (data, None) if hasattr(data, "shape") else data
-        split = sources.as_split(inputs, labels)
-        if epochs is None and steps is None:
-            raise UserError("say how long to train: epochs=... or steps=....")
-        total = steps or max(round((epochs or 0) * len(split.labels) / batch_size), 1)
-        return pipeline.train_batches(split, batch_size=batch_size, seed=seed), batch_size, total
-    if not isinstance(data, Iterable):
-        raise UserError(
-            f"data is a {type(data).__name__}: give (inputs, labels), inputs alone, or an iterable of batches."
-        )
-    per_epoch = len(data) if hasattr(data, "__len__") else None
-    if steps is None and per_epoch is None:
+    length = len(data) if isinstance(data, Sized) else None
+    if steps is None and length is None:
         raise UserError("the iterable of batches has no length: say how many to take with steps=....")
-    total = steps or (epochs or 1) * (per_epoch or 1)
-    batches = pipeline.from_iterable(data, repeat=per_epoch is not None)
-    first = next(batches)
-    return itertools.chain([first], batches), len(first["inputs"]), total
+    total = steps or (epochs or 1) * (length or 1)
+    return pipeline.from_iterable(data, repeat=length is not None), total
 
 
 def _with_variables(teacher: Any, example: jax.ShapeDtypeStruct) -> tuple[Model, Variables]:
@@ -141,21 +151,12 @@ def _with_variables(teacher: Any, example: jax.ShapeDtypeStruct) -> tuple[Model,
     return as_model(module, example), variables
 
 
-def _check_classes(teacher: Model, teacher_variables: Variables, student: Model, batch: Batch, example: Any) -> None:
-    shapes = {
-        "teacher": jax.eval_shape(lambda v, x: teacher.apply(v, x, train=False)[0].logits, teacher_variables, example),
-        "student": jax.eval_shape(
-            lambda key, x: student.apply(student.init(key), x, train=False)[0].logits, jax.random.key(0), example
-        ),
-    }
-    if shapes["teacher"].shape != shapes["student"].shape:
+def _common_classes(teacher: Model, teacher_variables: Variables, student: Model, example: Any) -> int:
+    logits = lambda model: lambda variables, x: model.apply(variables, x, train=False)[0].logits
+    taught = jax.eval_shape(logits(teacher), teacher_variables, example).shape
+    learned = jax.eval_shape(logits(student), jax.eval_shape(student.init, jax.random.key(0)), example).shape
+    if taught != learned:
         raise UserError(
-            f"teacher logits are {shapes['teacher'].shape} and student logits {shapes['student'].shape}: "
-            "both must score the same classes, in the same order."
+            f"teacher logits are {taught} and student logits {learned}: both must score the same classes, in order."
         )
-    classes = shapes["student"].shape[-1]
-    labels = np.asarray(batch["labels"])
-    if labels.min() < -1 or labels.max() >= classes:
-        raise UserError(
-            f"labels go from {labels.min()} to {labels.max()}: with {classes} classes they are -1 to {classes - 1}."
-        )
+    return learned[-1]

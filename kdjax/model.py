@@ -1,7 +1,7 @@
 """What a network is to kdjax: a pair of pure functions, whatever library it was written in.
 
-The adapters here and the modules under ``models/`` are the only places that know Flax objects. Everywhere else a model is a
-:class:`Model` and its weights are plain nested dicts of arrays.
+The adapters here and the modules under ``models/`` are the only places that know Flax objects. Everywhere else a model
+is a :class:`Model` and its weights are plain nested dicts of arrays.
 """
 
 import inspect
@@ -31,10 +31,10 @@ class Model(NamedTuple):
     """A network as two pure functions.
 
     Attributes:
-      init: ``init(key) -> variables``, where variables are ``{"params": ..., "state": ...}``, plain nested dicts of arrays;
-        the state holds what is not learned by gradient, such as running batch statistics.
-      apply: ``apply(variables, inputs, *, train, key=None, taps=()) -> (Outputs, new_state)``. ``key`` drives dropout and
-        is needed only where ``train`` is true; ``taps`` names modules whose outputs are wanted, by path.
+      init: ``init(key) -> variables``, where variables are ``{"params": ..., "state": ...}``, plain nested dicts of
+        arrays; the state holds what is not learned by gradient, such as running batch statistics.
+      apply: ``apply(variables, inputs, *, train, key=None, taps=()) -> (Outputs, new_state)``. ``key`` drives dropout
+        and is needed only where ``train`` is true; ``taps`` names modules whose outputs are wanted, by path.
     """
 
     init: Callable[[Array], Variables]
@@ -155,7 +155,7 @@ def parameter_count(params: Params) -> int:
 
 
 def first_mismatch(expected: Any, found: Any) -> str | None:
-    """The first difference in structure or shape between two trees of arrays (or shapes), as a phrase; else ``None``."""
+    """The first difference in structure or shape between two trees of arrays or shapes, as a phrase; else ``None``."""
     expected, found = flatten_paths(expected), flatten_paths(found)
     for path in expected:
         if path not in found:

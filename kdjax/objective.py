@@ -1,7 +1,7 @@
 """The objective: the weighted sum of named terms, each a loss over the valid examples of a batch.
 
-A term is summed over the batch and divided by the *global* number of valid examples, so neither gradient accumulation nor
-data parallelism changes what is minimised.
+A term is summed over the batch and divided by the *global* number of valid examples, so neither gradient accumulation
+nor data parallelism changes what is minimised.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -22,8 +22,8 @@ class Objective(NamedTuple):
     """A loss to minimise.
 
     Attributes:
-      hparams: the value of every number of the objective by name, such as ``"kl.temperature"``: numbers, or the schedules
-        that the config gave. They are arguments of ``loss``, so a new value never recompiles.
+      hparams: the value of every number of the objective by name, such as ``"kl.temperature"``: numbers, or the
+        schedules that the config gave. They are arguments of ``loss``, so a new value never recompiles.
       counts: ``counts(batch) -> {name: number of valid examples}`` for every term and metric.
       loss: ``loss(student, teachers, batch, hparams, counts) -> (scalar, {name: sum})``. With ``batch`` a part of the
         examples that ``counts`` counted, the scalars of all parts add up to the loss of the whole.
@@ -77,8 +77,8 @@ def make_objective(
     """Builds the objective from ``{term: {"weight": ..., option: ...}}``.
 
     Args:
-      terms: the terms by name (:data:`TERMS`); each number may be a schedule (see ``schedules``). A term with weight 0 is
-        left out.
+      terms: the terms by name (:data:`TERMS`); each number may be a schedule (see ``schedules``). A term with weight 0
+        is left out.
       teacher_weights: the weight of each teacher by name; ``None`` for one teacher.
       combine: what is averaged over several teachers, ``"probabilities"`` (at the term's temperature) or ``"logits"``.
 

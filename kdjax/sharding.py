@@ -54,10 +54,11 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def by_rules(tree: Any, mesh: Mesh, rules: Rules) -> Any:
-    """The sharding of every leaf of a tree of arrays or shapes: the tactic of the first rule whose regex is found in its path.
+    """The sharding of every leaf of a tree of arrays or shapes: the tactic of the first rule whose regex is found in
+    its path.
 
-    ``"replicate"`` keeps a copy on each device; ``"fsdp"`` splits the largest dimension that the ``fsdp`` axis divides. An
-    optimiser's moments carry the path of their parameter, so they follow it.
+    ``"replicate"`` keeps a copy on each device; ``"fsdp"`` splits the largest dimension that the ``fsdp`` axis
+    divides. An optimiser's moments carry the path of their parameter, so they follow it.
 
     Raises:
       UserError: an unknown tactic, or a parameter that no rule speaks of.

@@ -28,8 +28,9 @@ def make_train_step(
 ) -> Step:
     """Makes ``step(state, teacher_variables, batch, hparams) -> (state, metrics)``.
 
-    Jit it and donate the state only. Teachers run with ``train=False`` on the very inputs that the student sees, outside
-    the gradient. The update of step n depends on ``state``, ``teacher_variables``, ``batch`` and ``hparams`` alone.
+    Jit it and donate the state only. Teachers run with ``train=False`` on the very inputs that the student sees,
+    outside the gradient. The update of step n depends on ``state``, ``teacher_variables``, ``batch`` and ``hparams``
+    alone.
 
     Args:
       student: the model that learns.
@@ -100,7 +101,7 @@ def _frozen_outputs(teacher: Model, variables: Variables, batch: Batch) -> Outpu
 
 
 def _accumulated(grads_of, parts, state, teacher_variables, batch, key, values, counts) -> tuple[Any, Any, Any]:
-    """Walks over the batch in ``parts``, adding up gradients and sums; the model's state is handed from part to part."""
+    """Walks over the batch in ``parts``, adding up gradients and sums; the model's state goes from part to part."""
     # Strided parts, so that each device of a sharded batch holds a share of every part.
     split = jax.tree.map(lambda x: x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1), dict(batch))
 
@@ -124,7 +125,7 @@ def _accumulated(grads_of, parts, state, teacher_variables, batch, key, values, 
 def make_predict(
     model: Model, preprocess: Callable[[Batch], Batch] | None = None
 ) -> Callable[[Variables, Batch], Array]:
-    """Makes ``predict(variables, batch) -> logits`` [batch, ..., classes], float32, with ``train=False``: pure, to be jitted."""
+    """Makes the pure ``predict(variables, batch) -> logits`` [batch, ..., classes], float32, with ``train=False``."""
 
     def predict(variables, batch):
         inputs = (preprocess(batch) if preprocess else batch)["inputs"]

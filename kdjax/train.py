@@ -1,4 +1,4 @@
-"""One arm of a run: build, restore, loop. The order of operations in :func:`run` is the law; change it and resume breaks."""
+"""One arm of a run: build, restore, loop. The order of operations in :func:`run` is the law: resume depends on it."""
 
 import contextlib
 import math
@@ -7,6 +7,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -47,7 +48,7 @@ class Arm(NamedTuple):
     batches: Callable[[int], Iterator[Mapping[str, np.ndarray]]]  # first step -> this process's share of each batch
     batch_size: int
     key: jax.Array
-    teacher_variables: dict[str, Variables] = {}
+    teacher_variables: Mapping[str, Variables] = MappingProxyType({})
     ema: bool = False
     rules: sharding.Rules = ((".*", "replicate"),)
     teacher_rules: sharding.Rules = ((".*", "replicate"),)
@@ -81,7 +82,7 @@ def run(
     arm: Arm,
     mesh: Mesh,
     *,
-    every: Every = Every(),
+    every: Every | None = None,
     checkpoints: Checkpoints | None = None,
     meta: Mapping[str, Any] | None = None,
     writers: Sequence[Writer] = (),
@@ -104,7 +105,7 @@ def run(
       UserError: the loss is NaN, the teacher is not the one that the checkpoint was trained with, or the disk is full.
       Interrupted: a signal came; the state is saved.
     """
-    meta = dict(meta or {})
+    meta, every = dict(meta or {}), every or Every()
     current, done, clock = _start(arm, mesh, checkpoints, meta, say)
     for writer in writers:
         writer.truncate(arm.name, done)
@@ -160,7 +161,8 @@ def run(
 
 
 def compile_step(step: Step, mesh: Mesh, shardings: TrainState, *args: Any) -> tuple[Callable, list[str]]:
-    """Compiles a step ahead of time: ``(compiled, metric names)``, where ``compiled`` returns ``(state, [2, metrics])``.
+    """Compiles a step ahead of time: ``(compiled, metric names)``, where ``compiled`` returns ``(state, [2,
+    metrics])``.
 
     Only the state is donated. All metrics come back as one array of sums and counts, since each array that the host
     fetches costs about as much as a small one.
@@ -206,15 +208,16 @@ def _start(arm, mesh, checkpoints, meta, say) -> tuple[TrainState, int, "_Clock"
     for name in meta:
         if saved.get(name) != meta[name]:
             raise UserError(
-                f"the checkpoint of {arm.name} at step {saved['step']} has another {name} ({saved.get(name)}, now {meta[name]}): "
-                "use the one that it was trained with, or another --workdir."
+                f"the checkpoint of {arm.name} at step {saved['step']} has another {name} ({saved.get(name)}, "
+                f"now {meta[name]}): use the one that it was trained with, or another --workdir."
             )
     if saved["step"] < arm.stages[-1].stop:
         say(f"{arm.name}: resuming from step {saved['step']}.")
     return current, saved["step"], _Clock(saved["seconds"])
 
 
-def _put(teacher_variables: dict[str, Variables], mesh: Mesh, rules: sharding.Rules) -> dict[str, Variables]:
+def _put(teacher_variables: Mapping[str, Variables], mesh: Mesh, rules: sharding.Rules) -> dict[str, Variables]:
+    teacher_variables = dict(teacher_variables)
     shardings = sharding.by_rules(teacher_variables, mesh, rules)
     # From NumPy: device_put of a JAX array over several processes builds a broken one.
     return jax.tree.map(lambda x, s: jax.device_put(np.asarray(jax.device_get(x)), s), teacher_variables, shardings)
@@ -303,7 +306,7 @@ class _Log:
 
 
 class _Signals(contextlib.AbstractContextManager):
-    """Turns SIGTERM and SIGINT into a flag, so that the loop can save before it stops; a second one ends the process."""
+    """Turns SIGTERM and SIGINT into a flag, so that the loop can save first; a second one ends the process."""
 
     def __init__(self) -> None:
         self.received = 0

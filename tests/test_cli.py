@@ -194,7 +194,8 @@ def test_import_costs_less_than_twice_jax_and_flax():
     )
     base = run(count.format("import jax, flax"))
     assert run(count.format("import kdjax, kdjax.losses; from kdjax import make_train_step")) < 2 * base
-    heavy = "[m for m in ('tensorflow', 'sklearn', 'matplotlib', 'orbax.checkpoint', 'tensorflow_datasets', 'torch') if m in sys.modules]"
+    names = ("tensorflow", "sklearn", "matplotlib", "orbax.checkpoint", "tensorflow_datasets", "torch")
+    heavy = f"[m for m in {names} if m in sys.modules]"
     code = (
         f"import sys, kdjax, kdjax.losses; from kdjax import make_train_step; sys.exit(str({heavy}) if {heavy} else 0)"
     )

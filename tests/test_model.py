@@ -1,4 +1,4 @@
-"""Adapters: the same numbers as the Flax module itself, taps by path, batch statistics and dropout as they should be."""
+"""Adapters: the same numbers as the Flax module itself, taps by path, batch statistics and dropout."""
 
 import jax
 import jax.numpy as jnp

@@ -93,6 +93,12 @@ def from_arrays(
     return dataset
 
 
+def as_split(inputs: ArrayLike, labels: ArrayLike | None = None) -> Split:
+    """The user's arrays as a split; without labels, every example is unlabelled."""
+    x = _as_inputs(inputs, "train")
+    return Split(x, np.full(len(x), UNLABELLED, np.int32) if labels is None else _as_labels(labels, "train"))
+
+
 def validate(dataset: Dataset) -> None:
     """Refuses what training would choke on.
 
@@ -103,28 +109,30 @@ def validate(dataset: Dataset) -> None:
     if classes < 2:
         raise UserError(f"data set {dataset.name} has {classes} class(es): classification needs at least 2.")
     for where, split in (("train", dataset.train), ("test", dataset.test)):
-        inputs, labels = split
-        if not len(inputs):
-            raise UserError(f"the {where} split of {dataset.name} is empty: it needs at least one example.")
-        if inputs.ndim < 2 or 0 in inputs.shape:
-            raise UserError(f"inputs of {dataset.name}'s {where} split have shape {inputs.shape}, not [n, h, w, c].")
-        if inputs.dtype not in (np.uint8, np.float32):
-            raise UserError(f"inputs of {dataset.name}'s {where} split are {inputs.dtype}, not uint8 or float32.")
-        if labels.shape != inputs.shape[:1]:
-            raise UserError(
-                f"the {where} split of {dataset.name} has {len(inputs)} inputs, but labels of shape {labels.shape}: "
-                "give one label per example."
-            )
-        wrong = np.flatnonzero((labels < UNLABELLED) | (labels >= classes))
-        if wrong.size:
-            raise UserError(
-                f"label {labels[wrong[0]]} of example {wrong[0]} in {dataset.name}'s {where} split is out of range: "
-                f"{classes} classes are numbered 0 to {classes - 1}, and {UNLABELLED} means unlabelled."
-            )
-        _check_finite(inputs, dataset.name, where)
+        check_split(split, classes, f"the {where} split of {dataset.name}")
     shapes = dataset.train.inputs.shape[1:], dataset.test.inputs.shape[1:]
     if shapes[0] != shapes[1]:
         raise UserError(f"{dataset.name} has train inputs of shape {shapes[0]} and test inputs of shape {shapes[1]}.")
+
+
+def check_split(split: Split, classes: int, what: str) -> None:
+    """What ``validate`` checks of one split, which messages call ``what``."""
+    inputs, labels = split
+    if not len(inputs):
+        raise UserError(f"{what} is empty: it needs at least one example.")
+    if inputs.ndim < 2 or 0 in inputs.shape:
+        raise UserError(f"inputs of {what} have shape {inputs.shape}, not [n, h, w, c].")
+    if inputs.dtype not in (np.uint8, np.float32):
+        raise UserError(f"inputs of {what} are {inputs.dtype}, not uint8 or float32.")
+    if labels.shape != inputs.shape[:1]:
+        raise UserError(f"{what} has {len(inputs)} inputs, but labels of shape {labels.shape}: give one per example.")
+    wrong = np.flatnonzero((labels < UNLABELLED) | (labels >= classes))
+    if wrong.size:
+        raise UserError(
+            f"label {labels[wrong[0]]} of example {wrong[0]} in {what} is out of range: {classes} classes are numbered "
+            f"0 to {classes - 1}, and {UNLABELLED} means unlabelled."
+        )
+    _check_finite(inputs, what)
 
 
 def hide_labels(labels: NDArray[np.int32], share: float, seed: int) -> NDArray[np.int32]:
@@ -282,14 +290,14 @@ def _as_labels(values: ArrayLike, where: str) -> NDArray[np.int32]:
     return labels.astype(np.int32, copy=False)
 
 
-def _check_finite(inputs: NDArray[Any], name: str, where: str) -> None:
+def _check_finite(inputs: NDArray[Any], what: str) -> None:
     if inputs.dtype == np.uint8:
         return
     for first in range(0, len(inputs), _CHUNK):
         part = inputs[first : first + _CHUNK].reshape(len(inputs[first : first + _CHUNK]), -1)
         bad = np.flatnonzero(~np.isfinite(part).all(axis=1))
         if bad.size:
-            raise UserError(f"example {first + bad[0]} of {name}'s {where} split holds NaN or Inf: remove or mend it.")
+            raise UserError(f"example {first + bad[0]} in {what} holds NaN or Inf: remove or mend it.")
 
 
 SOURCES: dict[str, Callable[..., Dataset]] = {"digits": _digits, "synthetic": _synthetic}

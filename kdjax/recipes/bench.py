@@ -3,40 +3,30 @@
 import contextlib
 import json
 import math
-import os
-import statistics
 import sys
-import time
-from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
 from ml_collections import ConfigDict
 from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 from scipy import stats
 
-from kdjax import experiment as experiments, results, sharding, train
+from kdjax import config as configs
+from kdjax import experiment as experiments
+from kdjax import metrics, results
 from kdjax.errors import UserError, unknown
-from kdjax.experiment import MAIN, STUDENTS, Experiment
-from kdjax.model import Model, Outputs, Variables
-from kdjax.recipes import distill, program
-from kdjax.step import make_predict
+from kdjax.experiment import MAIN, STUDENTS
+from kdjax.recipes import bench_step, distill
 from kdjax.tasks import classification
 from kdjax.writers import write_atomic
 
 ALONE, DISTILLED = STUDENTS
-SECONDS = 20.0  # of each timed comparison, unless the fewest rounds take longer
-FEWEST, MOST = 15, 300  # rounds
-BLOCK = 20  # steps of a run that are timed as one
-STEPS = 20  # of each stage, in the run whose compilations are counted: more than can be in flight
-COMPILED = "/jax/core/compile/backend_compile_duration"
+OMITTED_CLASS = 3  # of Hinton et al. 2015, section 3
+OMITTED_TEMPERATURE = 20.0
 
 
 class Found(NamedTuple):
@@ -47,7 +37,7 @@ class Found(NamedTuple):
 
 
 def run(name: str, config: ConfigDict, *, workdir: Path, seeds: int = 5, json_output: bool = False) -> dict[str, Any]:
-    """Runs the benchmark ``name`` of :data:`BENCHMARKS`, prints a table or one JSON object, and returns the latter.
+    """Runs the benchmark ``name`` of :data:`BENCHMARKS`, prints a table or one JSON object, and returns its values.
 
     Raises:
       UserError: an unknown name, or whatever is wrong with the config.
@@ -63,123 +53,210 @@ def run(name: str, config: ConfigDict, *, workdir: Path, seeds: int = 5, json_ou
     return found.values
 
 
-# ------------------------------------------------------------------------------------------------------------ the step
-
-
-class Bench(NamedTuple):
-    """The compiled step of the distilled student's first stage and fresh values of all its arguments, on the devices."""
-
-    experiment: Experiment
-    arm: train.Arm
-    program: program.Program
-    teachers: dict[str, Variables]
-    batch: dict[str, jax.Array]
-    hparams: Any
-
-    def state(self) -> Any:
-        """A fresh state; the step donates the one that it is given."""
-        return train.fresh_state(self.arm, self.experiment.mesh)
-
-
 def step(config: ConfigDict, workdir: Path, seeds: int) -> Found:
-    """The first stage's step against its parts, its FLOPs, its compilations and transfers, and the input pipeline.
-
-    Weights are fresh: their values change no time. Gradient accumulation is switched off. Takes about a minute.
-    """
+    """The compiled step; see ``bench_step.measure``. Leaves nothing in ``workdir``."""
     del workdir, seeds
-    bench = _bench(config)
-    experiment, arm = bench.experiment, bench.arm
-    times = fused_and_parts(bench)
-    compiles, transfers, complaint = compiles_and_transfers(arm, experiment.mesh)
-    constant_s, input_s = _constant_and_input(bench)
-    minimum = _forward_flops(bench, experiment.teachers) + 3 * _forward_flops(bench, {"student": experiment.student})
+    values = bench_step.measure(config)
+    return Found(values, bench_step.table(values))
+
+
+# ------------------------------------------------------------------------------------------------------- several seeds
+
+
+def seeds(config: ConfigDict, workdir: Path, seeds: int) -> Found:
+    """All three arms for seeds 0 to ``seeds`` - 1, each in ``workdir/seed-i``, and what they say together.
+
+    A finished seed is loaded and not trained again. The interval of distilled - alone is Student's t over the paired
+    differences: both students of a seed share initial weights, data order and number of updates.
+    """
+    rows = []
+    for seed in range(seeds):
+        found = distill.run(_with_seed(config, seed), workdir / f"seed-{seed}")
+        arms = {name: found["arms"][name]["test"]["accuracy"] for name in (MAIN, *STUDENTS)}
+        rows.append({"seed": seed, **arms, "difference": arms[DISTILLED] - arms[ALONE]})
+    params = {name: found["arms"][name]["params"] for name in (MAIN, DISTILLED)}
     values = {
-        "fused_over_parts": times["fused"] / (times["teacher"] + times["student"]),
-        "flops_over_minimum": bench.program.flops / minimum,
-        "compiles": compiles,
-        "host_transfers": transfers,
-        "input_over_constant": input_s / constant_s,
-        "temp_bytes": bench.program.temp_bytes,
-        "device": jax.devices()[0].device_kind,
-        "jax": jax.__version__,
-        "fused_ms": times["fused"] * 1e3,
-        "teacher_forward_ms": times["teacher"] * 1e3,
-        "student_update_ms": times["student"] * 1e3,
-        "constant_step_ms": constant_s * 1e3,
-        "input_step_ms": input_s * 1e3,
-        "examples_per_s": arm.batch_size / input_s,
-        "flops": bench.program.flops,
-        "flops_minimum": minimum,
-        "batch_size": arm.batch_size,
-        "teacher": [experiments.member(experiment.config, name).name for name in experiment.teachers],
-        "student": experiment.config.student.name,
-        "dtype": experiment.config.train.dtype,
-        "data": experiment.dataset.name,
-        "devices": experiment.mesh.size,
-        "nproc": os.cpu_count(),
+        "benchmark": "seeds",
+        "config_sha256": configs.sha256(configs.resolve(config)),
+        "seeds": rows,
+        **{name: mean_and_sd([row[name] for row in rows]) for name in (MAIN, *STUDENTS)},
+        "difference": paired([row["difference"] for row in rows]),
+        "share_of_teacher": mean_and_sd([row[DISTILLED] / row[MAIN] for row in rows]),
+        "share_of_params": params[DISTILLED] / params[MAIN],
+        "environment": results.environment(),
     }
-    if complaint:
-        values["host_transfer"] = complaint
-    return Found(values, _step_table(values))
+    _write(workdir / "seeds.json", values)
+    return Found(values, _seeds_table(values))
 
 
-def fused_and_parts(bench: Bench, *, fewest: int = FEWEST, seconds: float = SECONDS) -> dict[str, float]:
-    """Median seconds of the fused step, the teachers' forward pass alone, and the student's update alone.
+def mean_and_sd(values: Sequence[float]) -> dict[str, float | None]:
+    """The mean and the sample standard deviation (``None`` for a single value)."""
+    return {"mean": float(np.mean(values)), "sd": float(np.std(values, ddof=1)) if len(values) > 1 else None}
 
-    The parts do together what the step does: the teachers take the batch as the student sees it (normalised and
-    augmented beforehand), and the student's update, which does the same preprocessing as the fused step, takes the
-    teachers' logits as an argument. All three take turns in one process, and each is waited for.
+
+def paired(differences: Sequence[float]) -> dict[str, Any]:
+    """Mean and deviation of paired differences, with the 95 % interval of Student's t (``None`` for a single pair)."""
+    found = mean_and_sd(differences)
+    if found["sd"] is None:
+        return {**found, "interval_95": None}
+    half = stats.t.ppf(0.975, len(differences) - 1) * found["sd"] / math.sqrt(len(differences))
+    return {**found, "interval_95": [found["mean"] - half, found["mean"] + half]}
+
+
+def _seeds_table(values: Mapping[str, Any]) -> Table:
+    interval = values["difference"]["interval_95"]
+    between = (
+        f"95 % interval [{100 * interval[0]:+.2f}, {100 * interval[1]:+.2f}]" if interval else "one seed: no interval"
+    )
+    table = Table(
+        "seed", "teacher", "student alone", "student distilled", "distilled - alone",
+        caption=f"distilled - alone, paired: {between} points; the distilled student has {_percent(values['share_of_teacher'])} % "
+        f"of its teacher's accuracy with {100 * values['share_of_params']:.1f} % of its parameters",
+    )  # fmt: skip
+    columns = (MAIN, ALONE, DISTILLED, "difference")
+    for row in values["seeds"]:
+        table.add_row(str(row["seed"]), *(f"{100 * row[name]:.2f}" for name in columns))
+    table.add_section()
+    table.add_row("mean ± sd", *(_percent(values[name]) for name in columns))
+    return table
+
+
+# ------------------------------------------------------------------------------------------------------ a class unseen
+
+
+def omitted(config: ConfigDict, workdir: Path, seeds: int) -> Found:
+    """How well a student knows a class of which it never saw an example, from soft targets alone.
+
+    Hinton et al. 2015, section 3: the student is distilled at a high temperature on images without the class. It gives
+    the class far too little, for want of examples, which one number mends: a bias added to the logit of that class,
+    chosen for the accuracy on the training split (of which the student never saw that class). A config that omits no
+    class is changed to omit class 3, with the term ``kl`` alone at temperature 20. Works in ``workdir/omitted-i``.
     """
-    experiment = bench.experiment
-    preprocess = classification.make_preprocess(experiment.dataset, experiment.config.data.augment.to_dict())
-    seen = jax.jit(preprocess)(bench.batch, bench.state().key)
-    forward = jax.jit(_forward(experiment.teachers))
-    logits = forward(bench.teachers, seen)
-    told = experiment._replace(teachers={name: _already_said(model) for name, model in experiment.teachers.items()})
-    student = _compile(told, experiments.make_arm(told, DISTILLED), logits, bench.batch, bench.hparams)
-    states = {"fused": bench.state(), "student": bench.state()}
-
-    def update(name: str, compiled: Any, teachers: Any) -> None:
-        states[name], packed = compiled(states[name], teachers, bench.batch, bench.hparams)
-        jax.block_until_ready((states[name], packed))
-
-    calls: dict[str, Callable[[], Any]] = {
-        "fused": lambda: update("fused", bench.program.compiled, bench.teachers),
-        "teacher": lambda: jax.block_until_ready(forward(bench.teachers, seen)),
-        "student": lambda: update("student", student, logits),
+    config = without_class(config)
+    omitted_class = config.data.omit_class
+    rows = []
+    for seed in range(seeds):
+        experiment = experiments.prepare(_with_seed(config, seed))
+        place = workdir / f"omitted-{seed}"
+        with distill.claimed(place, experiment.config):
+            teachers = distill.obtain_teachers(experiment, place)
+            student = distill.train_arm(experiment, DISTILLED, place, teachers=teachers)
+        batch_size = config.data.eval_batch_size
+        score = classification.make_score(experiment.student, experiment.dataset, experiment.mesh, batch_size)
+        teacher = classification.make_score(experiment.teachers[MAIN], experiment.dataset, experiment.mesh, batch_size)
+        train, test = experiment.dataset.train, experiment.dataset.test
+        bias = best_bias(score(student.variables, train), train.labels, omitted_class)
+        logits = score(student.variables, test)
+        mended = logits + bias * (np.arange(logits.shape[-1]) == omitted_class)[None]
+        rows.append(
+            {
+                "seed": seed,
+                "bias": bias,
+                "teacher": metrics.classification(teacher(teachers[MAIN].variables, test), test.labels)["accuracy"],
+                "before": _accuracies(logits, test.labels, omitted_class),
+                "after": _accuracies(mended, test.labels, omitted_class),
+            }
+        )
+    values = {
+        "benchmark": "omitted",
+        "config_sha256": configs.sha256(config),
+        "class": experiment.dataset.class_names[omitted_class],
+        "test_examples_of_class": int(np.sum(test.labels == omitted_class)),
+        "seeds": rows,
+        **{
+            when: {part: mean_and_sd([row[when][part] for row in rows]) for part in ("omitted", "all")}
+            for when in ("before", "after")
+        },
+        "environment": results.environment(),
     }
-    return _medians(calls, fewest, seconds)
+    _write(workdir / "omitted.json", values)
+    return Found(values, _omitted_table(values))
 
 
-def compiles_and_transfers(arm: train.Arm, mesh: Mesh, steps: int = STEPS) -> tuple[float, int, str]:
-    """Compilations per stage and implicit transfers in the loop, in a real run of a few steps of every stage.
+def without_class(config: ConfigDict) -> ConfigDict:
+    """The config itself if it omits a class; else one that omits class 3 and learns from soft targets alone at T = 20."""
+    changed = ConfigDict(config.to_dict(), type_safe=False)
+    if changed.data.omit_class == -1:
+        changed.data.omit_class = OMITTED_CLASS
+        changed.stages = {}
+        for term in changed.losses.values():
+            term.weight = 0.0
+        changed.losses.kl.update(weight=1.0, temperature=OMITTED_TEMPERATURE)
+    return configs.resolve(changed)
 
-    Counts what the compiler reports from the first compilation of a step to the end of the run, so a compilation inside
-    the loop is seen whatever it is of. The loop runs under ``transfer_guard("disallow")``, which stops it at the first
-    implicit transfer: the count is 0 or 1, and 1 comes with what the guard said.
+
+def best_bias(logits: NDArray[Any], labels: NDArray[Any], chosen: int) -> float:
+    """The number to add to one class's logits that makes the most of the predictions right.
+
+    Args:
+      logits: [examples, classes].
+      labels: [examples], -1 (unlabelled) is left out.
+      chosen: the class whose logits it is for.
+
+    Returns:
+      The middle of the widest stretch of equally good values.
+
+    Raises:
+      UserError: the class, or all others, are missing from the labels: nothing bounds the number.
     """
-    names: list[str] = []
+    logits, labels = logits[labels >= 0].astype(np.float64), labels[labels >= 0]
+    is_chosen = labels == chosen
+    if not is_chosen.any() or is_chosen.all():
+        raise UserError(f"a bias for class {chosen} needs labelled training examples of that class and of others.")
+    others = np.where(np.arange(logits.shape[1])[None] == chosen, -np.inf, logits)
+    needed = others.max(axis=1) - logits[:, chosen]  # an example is given to the class from this bias on
+    # What each example adds to the number of right predictions as the bias passes by.
+    gain = is_chosen.astype(int) - ((others.argmax(axis=1) == labels) & ~is_chosen)
+    order = np.argsort(needed, kind="stable")
+    needed, right = needed[order], np.cumsum(gain[order])
+    widths = np.diff(needed, append=needed[-1] + 1.0)
+    best = np.flatnonzero(right == right[widths > 0].max())
+    widest = best[np.argmax(widths[best])]
+    return float(needed[widest] + widths[widest] / 2)
 
-    def listen(event: str, _: float, **kind: Any) -> None:
-        if event == COMPILED:
-            names.append(str(kind.get("fun_name")))
 
-    short = [s._replace(start=i * steps, stop=(i + 1) * steps) for i, s in enumerate(arm.stages)]
-    complaint = ""
-    jax.monitoring.register_event_duration_secs_listener(listen)
+def _accuracies(logits: NDArray[Any], labels: NDArray[Any], chosen: int) -> dict[str, float]:
+    right = logits.argmax(axis=-1) == labels
+    return {"omitted": float(right[labels == chosen].mean()), "all": float(right[labels >= 0].mean())}
+
+
+def _omitted_table(values: Mapping[str, Any]) -> Table:
+    table = Table(
+        "seed", "teacher", "class before", "all before", "bias", "class after", "all after",
+        caption=f"class {values['class']}, which the student never saw: its accuracy on the {values['test_examples_of_class']} "
+        "test examples of it and on all, before and after one bias chosen on the training split",
+    )  # fmt: skip
+    for row in values["seeds"]:
+        before, after = (
+            [f"{100 * row[when][part]:.2f}" for part in ("omitted", "all")] for when in ("before", "after")
+        )
+        table.add_row(str(row["seed"]), f"{100 * row['teacher']:.2f}", *before, f"{row['bias']:+.2f}", *after)
+    table.add_section()
+    shown = {when: [_percent(values[when][part]) for part in ("omitted", "all")] for when in ("before", "after")}
+    table.add_row("mean ± sd", "", *shown["before"], "", *shown["after"])
+    return table
+
+
+# -------------------------------------------------------------------------------------------------------------- shared
+
+
+def _with_seed(config: ConfigDict, seed: int) -> ConfigDict:
+    changed = ConfigDict(config.to_dict(), type_safe=False)
+    changed.seed = seed
+    return changed
+
+
+def _percent(found: Mapping[str, float | None]) -> str:
+    sd = "" if found["sd"] is None else f" ± {100 * found['sd']:.2f}"
+    return f"{100 * (found['mean'] or 0.0):.2f}{sd}"
+
+
+def _write(path: Path, values: Mapping[str, Any]) -> None:
     try:
-        train.run(arm._replace(stages=short), mesh, every=train.Every(log=steps, stop_on_nan=False))
-    except jax.errors.JaxRuntimeError as error:
-        if "transfer" not in str(error):
-            raise
-        complaint = str(error).splitlines()[0]
-    finally:
-        jax.monitoring.unregister_event_duration_listener(listen)
-    first = next((place for place, name in enumerate(names) if "packed" in name), len(names))
-    return (len(names) - first) / len(short), int(bool(complaint)), complaint
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(path, json.dumps(values, indent=2, allow_nan=False) + "\n")
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}; choose another --workdir.") from error
 
 
-def input_over_constant(bench: Bench) -> float:
-    """The time of a step with the real input pipeline over that of one on a batch that is on the devices already."""
-    constant, real = _constant_and_input(bench)
-    return real / constant
+BENCHMARKS: dict[str, Callable[[ConfigDict, Path, int], Found]] = {"step": step, "seeds": seeds, "omitted": omitted}

@@ -1,11 +1,10 @@
-"""``kdjax bench step``: the compiled step against its parts, its FLOPs, its compilations and transfers, and its input."""
+"""``kdjax bench step``: the step against its parts, its FLOPs, its compilations and transfers, and its input."""
 
 import os
 import statistics
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -13,22 +12,49 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 from rich.table import Table
 
-from kdjax import experiment as experiments, sharding, train
-from kdjax.experiment import Experiment
+from kdjax import experiment as experiments
+from kdjax import sharding, train
+from kdjax.experiment import STUDENTS, Experiment
 from kdjax.model import Array, Model, Outputs, Variables
+from kdjax.objective import Batch
 from kdjax.recipes import program
-from kdjax.step import make_predict
+from kdjax.state import TrainState, inference_variables
 from kdjax.tasks import classification
 
+DISTILLED = STUDENTS[1]
 SECONDS = 20.0  # of each timed comparison, unless the fewest rounds take longer
 FEWEST, MOST = 15, 300  # rounds
 BLOCK = 20  # steps of a run that are timed as one
 STEPS = 20  # of each stage, in the run whose compilations are counted: more than can be in flight
 COMPILED = "/jax/core/compile/backend_compile_duration"
+MEANING = {
+    "fused_over_parts": "fused step / (teacher forward + student update, each jitted alone), medians",
+    "flops_over_minimum": "compiled FLOPs of the step / (teacher forward + 3 x student forward)",
+    "compiles": "compilations of and during a stage's loop, in a short run",
+    "host_transfers": "implicit transfers in its loop",
+    "input_over_constant": "step with the real input pipeline / step on a batch that is on the device already",
+    "temp_bytes": "intermediate values of the step on one device, bytes",
+    "fused_ms": "step, each waited for",
+    "teacher_forward_ms": "teachers' forward pass alone",
+    "student_update_ms": "student's update alone, the teachers' logits given",
+    "constant_step_ms": "step on a constant batch, several in flight",
+    "input_step_ms": "step with the real input pipeline, several in flight",
+    "examples_per_s": "with the real input pipeline",
+    "flops": "of one step on all devices",
+    "batch_size": "over all devices",
+    "teacher": "",
+    "student": "",
+    "dtype": "of the computation",
+    "data": "",
+    "device": "",
+    "devices": "in the mesh",
+    "nproc": "processors of the host",
+    "jax": "version",
+}
 
 
 class Bench(NamedTuple):
-    """The compiled step of the distilled student's first stage and fresh values of all its arguments, on the devices."""
+    """The compiled step of the distilled student's first stage and values of its arguments, on the devices."""
 
     experiment: Experiment
     arm: train.Arm
@@ -37,7 +63,7 @@ class Bench(NamedTuple):
     batch: dict[str, jax.Array]
     hparams: Any
 
-    def state(self) -> Any:
+    def state(self) -> TrainState:
         """A fresh state; the step donates the one that it is given."""
         return train.fresh_state(self.arm, self.experiment.mesh)
 
@@ -52,7 +78,9 @@ def measure(config: ConfigDict) -> dict[str, Any]:
     times = fused_and_parts(bench)
     compiles, transfers, complaint = compiles_and_transfers(arm, experiment.mesh)
     constant_s, input_s = constant_and_input(bench)
-    minimum = _forward_flops(bench, experiment.teachers) + 3 * _forward_flops(bench, {"student": experiment.student})
+    fresh = {"student": inference_variables(bench.state())}
+    minimum = _forward_flops(bench, experiment.teachers, bench.teachers)
+    minimum += 3 * _forward_flops(bench, {"student": experiment.student}, fresh)
     values = {
         "fused_over_parts": times["fused"] / (times["teacher"] + times["student"]),
         "flops_over_minimum": bench.program.flops / minimum,
@@ -95,10 +123,13 @@ def fused_and_parts(bench: Bench, *, fewest: int = FEWEST, seconds: float = SECO
     seen = jax.jit(preprocess)(bench.batch, bench.state().key)
     forward = jax.jit(_forward(experiment.teachers))
     logits = forward(bench.teachers, seen)
+    # A "teacher" whose variables are its logits: the student's update is then the same code as in the fused step.
     said = Model(init=lambda key: {}, apply=lambda logits, inputs, **_: (Outputs(logits), {}))
-    told = experiment._replace(teachers=dict.fromkeys(experiment.teachers, said))
-    student = _compile(told, experiments.make_arm(told, DISTILLED), logits, bench.batch, bench.hparams)
+    told = experiments.make_arm(experiment._replace(teachers=dict.fromkeys(experiment.teachers, said)), DISTILLED)
     states = {"fused": bench.state(), "student": bench.state()}
+    shardings = jax.tree.map(lambda x: x.sharding, states["student"])
+    args = (states["student"], logits, bench.batch, bench.hparams)
+    student, _ = train.compile_step(told.stages[0].step, experiment.mesh, shardings, *args)
 
     def update(name: str, compiled: Any, teachers: Any) -> None:
         states[name], packed = compiled(states[name], teachers, bench.batch, bench.hparams)
@@ -109,7 +140,7 @@ def fused_and_parts(bench: Bench, *, fewest: int = FEWEST, seconds: float = SECO
         "teacher": lambda: jax.block_until_ready(forward(bench.teachers, seen)),
         "student": lambda: update("student", student, logits),
     }
-    return _medians(calls, fewest, seconds)
+    return medians(calls, fewest, seconds)
 
 
 def compiles_and_transfers(arm: train.Arm, mesh: Mesh, steps: int = STEPS) -> tuple[float, int, str]:
@@ -121,9 +152,9 @@ def compiles_and_transfers(arm: train.Arm, mesh: Mesh, steps: int = STEPS) -> tu
     """
     names: list[str] = []
 
-    def listen(event: str, _: float, **kind: Any) -> None:
+    def listen(event: str, duration_secs: float, **kwargs: str | int) -> None:
         if event == COMPILED:
-            names.append(str(kind.get("fun_name")))
+            names.append(str(kwargs.get("fun_name")))
 
     short = [s._replace(start=i * steps, stop=(i + 1) * steps) for i, s in enumerate(arm.stages)]
     complaint = ""
@@ -143,8 +174,8 @@ def compiles_and_transfers(arm: train.Arm, mesh: Mesh, steps: int = STEPS) -> tu
 def constant_and_input(bench: Bench, *, fewest: int = FEWEST, seconds: float = SECONDS) -> tuple[float, float]:
     """Median seconds per step on one batch that stays on the devices, and with the real input pipeline.
 
-    Blocks of steps take turns. Within a block the loop is that of training: a bounded number of steps in flight, metrics
-    fetched late.
+    Blocks of steps take turns. Within a block the loop is that of training: a bounded number of steps in flight,
+    metrics fetched late.
     """
     mesh = bench.experiment.mesh
     current = bench.state()
@@ -172,7 +203,7 @@ def constant_and_input(bench: Bench, *, fewest: int = FEWEST, seconds: float = S
 
 
 def medians(calls: Mapping[str, Callable[[], Any]], fewest: int, seconds: float) -> dict[str, float]:
-    """The median seconds of each call, which take turns in an order that rotates, so that none profits from its place."""
+    """The median seconds of each call, which take turns in a rotating order, so that none profits from its place."""
     names = list(calls)
     for name in names:  # compiled and in the caches before the first round counts
         calls[name]()
@@ -189,13 +220,27 @@ def medians(calls: Mapping[str, Callable[[], Any]], fewest: int, seconds: float)
     return {name: statistics.median(taken) for name, taken in times.items()}
 
 
+def _forward(models: Mapping[str, Model]) -> Callable[[Mapping[str, Variables], Batch], dict[str, Array]]:
+    return lambda variables, batch: {
+        name: model.apply(variables[name], batch["inputs"], train=False)[0].logits for name, model in models.items()
+    }
+
+
+def _forward_flops(bench: Bench, models: Mapping[str, Model], variables: Mapping[str, Variables]) -> float:
+    """FLOPs over all devices of a batch's forward pass, at inference: the least that it can take."""
+    normalise = classification.make_normalise(bench.experiment.dataset)
+    forward = jax.jit(_forward(models))
+    compiled = forward.lower(variables, jax.jit(normalise)(bench.batch)).compile()
+    return program.flops(compiled) * bench.experiment.mesh.size
+
+
 def prepare(config: ConfigDict) -> Bench:
     """Compiles the first stage's step and puts a real batch and fresh weights on the devices."""
     experiment = program.in_one_part(experiments.prepare(config))
     mesh = experiment.mesh
     fresh = {name: jax.jit(model.init)(jax.random.key(0)) for name, model in experiment.teachers.items()}
     teachers = train._put(fresh, mesh, experiment.config.sharding.teacher)
-    arm = experiments.make_arm(experiment, program.DISTILLED, teachers)
+    arm = experiments.make_arm(experiment, DISTILLED, teachers)
     return Bench(
         experiment=experiment,
         arm=arm,

@@ -29,7 +29,7 @@ Say = Callable[[str], None]
 
 
 class Trained(NamedTuple):
-    """A model at its last step: weights to evaluate, steps done, and its speed (``None`` if it was loaded, not trained)."""
+    """A model at its last step: weights to evaluate, steps done, and its speed (``None`` if not trained here)."""
 
     variables: Variables
     steps: int
@@ -268,8 +268,8 @@ def _check_disk(experiment: Experiment, workdir: Path, arms: tuple[str, ...]) ->
     if needed > free:
         text = results.bytes_text
         raise UserError(
-            f"the checkpoints in {workdir} will need {text(needed)} and the disk has {text(free)} left: free some space, lower "
-            "checkpoint.keep, or choose another --workdir."
+            f"the checkpoints in {workdir} will need {text(needed)} and the disk has {text(free)} left: free some "
+            "space, lower checkpoint.keep, or choose another --workdir."
         )
 
 

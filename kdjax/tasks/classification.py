@@ -23,7 +23,7 @@ def make_preprocess(dataset: Dataset, config_augment: Mapping[str, Any]) -> Call
 
 
 def make_normalise(dataset: Dataset) -> Callable[[Batch], Batch]:
-    """``normalise(batch) -> batch``: float32 inputs with the training split's mean 0 and deviation 1 in each channel."""
+    """``normalise(batch) -> batch``: float32 inputs, by the training split's mean and deviation of each channel."""
     return lambda batch: {**batch, "inputs": augment.normalise(batch["inputs"], dataset.mean, dataset.std)}
 
 
