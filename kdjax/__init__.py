@@ -18,6 +18,7 @@ _NAMES = {
     "make_predict": "kdjax.step",
     "make_objective": "kdjax.objective",
     "TrainState": "kdjax.state",
+    "create_state": "kdjax.state",
     "UserError": "kdjax.errors",
 }
 _MODULES = ("losses", "models", "schedules", "optimizer", "metrics", "sharding")

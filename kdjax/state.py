@@ -29,7 +29,7 @@ class TrainState(NamedTuple):
     ema: Params
 
 
-def create(model: Model, optimizer: optax.GradientTransformation, key: Array, *, ema: bool = False) -> TrainState:
+def create_state(model: Model, optimizer: optax.GradientTransformation, key: Array, *, ema: bool = False) -> TrainState:
     """A fresh state: pure, so that it can be jitted with the shardings that the arrays shall be born with."""
     variables = model.init(jax.random.fold_in(key, 0))
     params = variables["params"]

@@ -188,7 +188,7 @@ def compile_step(step: Step, mesh: Mesh, shardings: TrainState, *args: Any) -> t
 
 def abstract_state(arm: Arm, mesh: Mesh) -> TrainState:
     """The shapes, dtypes and shardings of an arm's state, without any memory."""
-    shapes = jax.eval_shape(lambda key: state.create(arm.model, arm.optimizer, key, ema=arm.ema), arm.key)
+    shapes = jax.eval_shape(lambda key: state.create_state(arm.model, arm.optimizer, key, ema=arm.ema), arm.key)
     shardings = sharding.by_rules(shapes, mesh, arm.rules)
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
 
@@ -196,7 +196,7 @@ def abstract_state(arm: Arm, mesh: Mesh) -> TrainState:
 def fresh_state(arm: Arm, mesh: Mesh) -> TrainState:
     """An arm's state at step 0, born on its shardings."""
     shardings = jax.tree.map(lambda x: x.sharding, abstract_state(arm, mesh))
-    create = jax.jit(lambda key: state.create(arm.model, arm.optimizer, key, ema=arm.ema), out_shardings=shardings)
+    create = jax.jit(lambda key: state.create_state(arm.model, arm.optimizer, key, ema=arm.ema), out_shardings=shardings)
     return create(arm.key)
 
 

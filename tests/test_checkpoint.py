@@ -19,7 +19,7 @@ from tests.helpers import equal_trees, small
 @functools.cache
 def make_state(seed=0, width=64, ema=False, axes=(("data", 1),)):
     mesh = sharding.make_mesh(dict(axes))
-    create = lambda: state.create(small(width, norm=True), optax.adamw(1e-3), jax.random.key(seed), ema=ema)
+    create = lambda: state.create_state(small(width, norm=True), optax.adamw(1e-3), jax.random.key(seed), ema=ema)
     shardings = sharding.by_rules(jax.eval_shape(create), mesh, ((".*", "fsdp"),))
     return jax.jit(create, out_shardings=shardings)()
 

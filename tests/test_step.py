@@ -19,7 +19,7 @@ def setup(terms=TERMS, student=None, optimizer=None, **options):
     objective = make_objective(terms)
     optimizer = optimizer or optax.sgd(0.1)
     step = make_train_step(student, {"teacher": teacher}, objective, optimizer, **options)
-    start = state.create(student, optimizer, jax.random.key(0))
+    start = state.create_state(student, optimizer, jax.random.key(0))
     return jax.jit(step), start, {"teacher": teacher.init(jax.random.key(1))}, objective.hparams
 
 
@@ -58,7 +58,7 @@ def test_teacher_equal_to_student_gives_no_update():
     student = small(8)
     objective = make_objective({"kl": {"weight": 1.0, "temperature": 2.0}})
     step = jax.jit(make_train_step(student, {"teacher": student}, objective, optax.sgd(1.0)))
-    start = state.create(student, optax.sgd(1.0), jax.random.key(0))
+    start = state.create_state(student, optax.sgd(1.0), jax.random.key(0))
     new, metrics = step(start, {"teacher": {"params": start.params, "state": {}}}, batch(), objective.hparams)
     assert abs(float(metrics["loss"][0])) < 1e-6
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), new.params, start.params)
@@ -99,7 +99,7 @@ def test_moving_average_follows_the_parameters():
     student, optimizer = small(8), optax.sgd(0.1)
     objective = make_objective({"ce": {"weight": 1.0}})
     step = jax.jit(make_train_step(student, {}, objective, optimizer, ema_decay=0.9))
-    current = state.create(student, optimizer, jax.random.key(0), ema=True)
+    current = state.create_state(student, optimizer, jax.random.key(0), ema=True)
     expected = current.params
     for _ in range(3):
         current, _ = step(current, {}, batch(), objective.hparams)
@@ -121,7 +121,7 @@ def test_bfloat16_compute_keeps_float32_parameters():
     data["inputs"] = data["inputs"].reshape(-1, 8, 8, 1)
     for dtype in (jnp.float32, jnp.bfloat16):
         model, objective = build(dtype), make_objective({"ce": {"weight": 1.0}})
-        start = state.create(model, optax.sgd(0.1), jax.random.key(0))
+        start = state.create_state(model, optax.sgd(0.1), jax.random.key(0))
         new, metrics = jax.jit(make_train_step(model, {}, objective, optax.sgd(0.1)))(
             start, {}, data, objective.hparams
         )

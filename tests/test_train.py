@@ -259,5 +259,5 @@ def test_moving_average_is_what_is_evaluated_and_kept(tmp_path):
 
 
 def test_inference_variables_of_a_state_without_average_are_its_parameters():
-    current = state.create(small(), optax.sgd(0.1), jax.random.key(0))
+    current = state.create_state(small(), optax.sgd(0.1), jax.random.key(0))
     assert state.inference_variables(current)["params"] is current.params

@@ -5,6 +5,7 @@ in its ``dtype`` and normalises in float32.
 """
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -33,15 +34,25 @@ class BatchNorm(nnx.BatchNorm):
         return super().__call__(x, *args, **kwargs).astype(x.dtype)
 
 
-class LayerNorm(nnx.LayerNorm):
+class LayerNorm(nnx.Module):
     """Layer normalisation over the last axis, in float32 whatever the input's dtype, which the output keeps."""
 
-    def __init__(self, features: int, *, rngs: nnx.Rngs):
-        super().__init__(features, epsilon=1e-6, dtype=jnp.float32, rngs=rngs)
+    def __init__(self, features: int):
+        self.scale = nnx.Param(jnp.ones(features))
+        self.bias = nnx.Param(jnp.zeros(features))
 
-    def __call__(self, x: Array, *args: Any, **kwargs: Any) -> Array:
-        """Normalise [..., c] to mean 0 and variance 1 over c, then scale and shift."""
-        return super().__call__(x, *args, **kwargs).astype(x.dtype)
+    def __call__(self, x: Array) -> Array:
+        """Normalise [..., features] to mean 0 and variance 1 over the last axis, then scale and shift."""
+        shape = (1,) * (x.ndim - 1) + (-1,)
+        return _layer_norm(x, self.scale[...].reshape(shape), self.bias[...].reshape(shape))
+
+
+@partial(jax.checkpoint, prevent_cse=False)  # else XLA keeps 1 / deviation for the gradient, broadcast to all of x
+def _layer_norm(x: Array, scale: Array, bias: Array) -> Array:
+    y = x.astype(jnp.float32)
+    y = y - y.mean(axis=-1, keepdims=True)  # first, because E[x^2] - E[x]^2 cancels where the mean is large
+    rate = jax.lax.rsqrt(jnp.square(y).mean(axis=-1, keepdims=True) + 1e-6)
+    return (y * rate * scale + bias).astype(x.dtype)
 
 
 def conv(
@@ -85,6 +96,7 @@ def dropout_layer(rate: float, rngs: nnx.Rngs) -> nnx.Dropout | None:
     return nnx.Dropout(rate, rngs=rngs) if rate else None
 
 
+@partial(jax.checkpoint, prevent_cse=False)  # the gradient needs x alone
 def gelu(x: Array) -> Array:
     """The exact GELU, x Phi(x) (Hendrycks & Gimpel 2016), by erf: ``jax.nn.gelu`` takes erfc, twice as slow on CPU."""
     return 0.5 * x * (1 + jax.lax.erf(x * 0.5**0.5))

@@ -41,9 +41,9 @@ class Block(nnx.Module):
     """A pre-norm transformer block: x + attention(norm(x)), then x + feedforward(norm(x))."""
 
     def __init__(self, width: int, heads: int, hidden: int, *, dropout: float, dtype: Any, rngs: nnx.Rngs):
-        self.norm1 = LayerNorm(width, rngs=rngs)
+        self.norm1 = LayerNorm(width)
         self.attention = Attention(width, heads, dtype=dtype, rngs=rngs)
-        self.norm2 = LayerNorm(width, rngs=rngs)
+        self.norm2 = LayerNorm(width)
         self.feedforward = Feedforward(width, hidden, dtype=dtype, rngs=rngs)
         self.dropout = dropout_layer(dropout, rngs)
 
@@ -92,7 +92,7 @@ class ViT(nnx.Module):
         self.blocks = nnx.List(
             Block(width, heads, int(width * mlp_ratio), dropout=dropout, dtype=dtype, rngs=rngs) for _ in range(depth)
         )
-        self.norm = LayerNorm(width, rngs=rngs)
+        self.norm = LayerNorm(width)
         self.head = classifier(width, classes, rngs=rngs)
 
     def __call__(self, x: Array) -> Array:

@@ -1,4 +1,4 @@
-"""``kdjax bench``: measurements that anyone can repeat: the compiled step, several seeds, a class that was never seen."""
+"""``kdjax bench``: measurements that anyone can repeat: the step, several seeds, a class that was never seen."""
 
 import contextlib
 import json
@@ -17,7 +17,7 @@ from scipy import stats
 
 from kdjax import config as configs
 from kdjax import experiment as experiments
-from kdjax import metrics, results
+from kdjax import results
 from kdjax.errors import UserError, unknown
 from kdjax.experiment import MAIN, STUDENTS
 from kdjax.recipes import bench_step, distill
@@ -69,10 +69,10 @@ def seeds(config: ConfigDict, workdir: Path, seeds: int) -> Found:
     A finished seed is loaded and not trained again. The interval of distilled - alone is Student's t over the paired
     differences: both students of a seed share initial weights, data order and number of updates.
     """
-    rows = []
+    rows: list[dict[str, Any]] = []
     for seed in range(seeds):
         found = distill.run(_with_seed(config, seed), workdir / f"seed-{seed}")
-        arms = {name: found["arms"][name]["test"]["accuracy"] for name in (MAIN, *STUDENTS)}
+        arms: dict[str, Any] = {name: found["arms"][name]["test"]["accuracy"] for name in (MAIN, *STUDENTS)}
         rows.append({"seed": seed, **arms, "difference": arms[DISTILLED] - arms[ALONE]})
     params = {name: found["arms"][name]["params"] for name in (MAIN, DISTILLED)}
     values = {
@@ -105,14 +105,13 @@ def paired(differences: Sequence[float]) -> dict[str, Any]:
 
 def _seeds_table(values: Mapping[str, Any]) -> Table:
     interval = values["difference"]["interval_95"]
-    between = (
-        f"95 % interval [{100 * interval[0]:+.2f}, {100 * interval[1]:+.2f}]" if interval else "one seed: no interval"
+    low_high = ", ".join(f"{100 * end:+.2f}" for end in interval) if interval else "none for one seed"
+    caption = (
+        f"distilled - alone, paired: 95 % interval [{low_high}] points; the distilled student has "
+        f"{_percent(values['share_of_teacher'])} % of its teacher's accuracy and "
+        f"{100 * values['share_of_params']:.1f} % of its parameters"
     )
-    table = Table(
-        "seed", "teacher", "student alone", "student distilled", "distilled - alone",
-        caption=f"distilled - alone, paired: {between} points; the distilled student has {_percent(values['share_of_teacher'])} % "
-        f"of its teacher's accuracy with {100 * values['share_of_params']:.1f} % of its parameters",
-    )  # fmt: skip
+    table = Table("seed", "teacher", "student alone", "student distilled", "distilled - alone", caption=caption)
     columns = (MAIN, ALONE, DISTILLED, "difference")
     for row in values["seeds"]:
         table.add_row(str(row["seed"]), *(f"{100 * row[name]:.2f}" for name in columns))
@@ -133,39 +132,15 @@ def omitted(config: ConfigDict, workdir: Path, seeds: int) -> Found:
     class is changed to omit class 3, with the term ``kl`` alone at temperature 20. Works in ``workdir/omitted-i``.
     """
     config = without_class(config)
-    omitted_class = config.data.omit_class
-    rows = []
-    for seed in range(seeds):
-        experiment = experiments.prepare(_with_seed(config, seed))
-        place = workdir / f"omitted-{seed}"
-        with distill.claimed(place, experiment.config):
-            teachers = distill.obtain_teachers(experiment, place)
-            student = distill.train_arm(experiment, DISTILLED, place, teachers=teachers)
-        batch_size = config.data.eval_batch_size
-        score = classification.make_score(experiment.student, experiment.dataset, experiment.mesh, batch_size)
-        teacher = classification.make_score(experiment.teachers[MAIN], experiment.dataset, experiment.mesh, batch_size)
-        train, test = experiment.dataset.train, experiment.dataset.test
-        bias = best_bias(score(student.variables, train), train.labels, omitted_class)
-        logits = score(student.variables, test)
-        mended = logits + bias * (np.arange(logits.shape[-1]) == omitted_class)[None]
-        rows.append(
-            {
-                "seed": seed,
-                "bias": bias,
-                "teacher": metrics.classification(teacher(teachers[MAIN].variables, test), test.labels)["accuracy"],
-                "before": _accuracies(logits, test.labels, omitted_class),
-                "after": _accuracies(mended, test.labels, omitted_class),
-            }
-        )
+    rows = [_omitted_once(_with_seed(config, seed), workdir / f"omitted-{seed}") for seed in range(seeds)]
     values = {
         "benchmark": "omitted",
         "config_sha256": configs.sha256(config),
-        "class": experiment.dataset.class_names[omitted_class],
-        "test_examples_of_class": int(np.sum(test.labels == omitted_class)),
+        "omit_class": config.data.omit_class,
         "seeds": rows,
         **{
             when: {part: mean_and_sd([row[when][part] for row in rows]) for part in ("omitted", "all")}
-            for when in ("before", "after")
+            for when in ("teacher", "before", "after")
         },
         "environment": results.environment(),
     }
@@ -173,8 +148,32 @@ def omitted(config: ConfigDict, workdir: Path, seeds: int) -> Found:
     return Found(values, _omitted_table(values))
 
 
+def _omitted_once(config: ConfigDict, workdir: Path) -> dict[str, Any]:
+    experiment = experiments.prepare(config)
+    (train, test), omit = (experiment.dataset.train, experiment.dataset.test), config.data.omit_class
+    if not (test.labels == omit).any():
+        raise UserError(f"data.omit_class={omit} has no test example: nothing can be measured, so omit another class.")
+    with distill.claimed(workdir, experiment.config):
+        teachers = distill.obtain_teachers(experiment, workdir)
+        student = distill.train_arm(experiment, DISTILLED, workdir, teachers=teachers)
+    make_score = lambda model: classification.make_score(
+        model, experiment.dataset, experiment.mesh, config.data.eval_batch_size
+    )
+    score, teacher_score = make_score(experiment.student), make_score(experiment.teachers[MAIN])
+    bias = best_bias(score(student.variables, train), train.labels, omit)
+    logits = score(student.variables, test)
+    return {
+        "seed": config.seed,
+        "test_examples": int(np.sum(test.labels == omit)),
+        "teacher": _accuracies(teacher_score(teachers[MAIN].variables, test), test.labels, omit),
+        "before": _accuracies(logits, test.labels, omit),
+        "bias": bias,
+        "after": _accuracies(logits + bias * np.eye(logits.shape[-1])[[omit]], test.labels, omit),
+    }
+
+
 def without_class(config: ConfigDict) -> ConfigDict:
-    """The config itself if it omits a class; else one that omits class 3 and learns from soft targets alone at T = 20."""
+    """The config itself if it omits a class; else one without class 3 that learns from soft targets alone at T = 20."""
     changed = ConfigDict(config.to_dict(), type_safe=False)
     if changed.data.omit_class == -1:
         changed.data.omit_class = OMITTED_CLASS
@@ -208,11 +207,12 @@ def best_bias(logits: NDArray[Any], labels: NDArray[Any], chosen: int) -> float:
     # What each example adds to the number of right predictions as the bias passes by.
     gain = is_chosen.astype(int) - ((others.argmax(axis=1) == labels) & ~is_chosen)
     order = np.argsort(needed, kind="stable")
-    needed, right = needed[order], np.cumsum(gain[order])
-    widths = np.diff(needed, append=needed[-1] + 1.0)
+    edges = np.concatenate([[needed.min() - 1.0], needed[order], [needed.max() + 1.0]])
+    right = np.concatenate([[0], np.cumsum(gain[order])])
+    widths = np.diff(edges)
     best = np.flatnonzero(right == right[widths > 0].max())
     widest = best[np.argmax(widths[best])]
-    return float(needed[widest] + widths[widest] / 2)
+    return float(edges[widest] + widths[widest] / 2)
 
 
 def _accuracies(logits: NDArray[Any], labels: NDArray[Any], chosen: int) -> dict[str, float]:
@@ -221,19 +221,18 @@ def _accuracies(logits: NDArray[Any], labels: NDArray[Any], chosen: int) -> dict
 
 
 def _omitted_table(values: Mapping[str, Any]) -> Table:
-    table = Table(
-        "seed", "teacher", "class before", "all before", "bias", "class after", "all after",
-        caption=f"class {values['class']}, which the student never saw: its accuracy on the {values['test_examples_of_class']} "
-        "test examples of it and on all, before and after one bias chosen on the training split",
-    )  # fmt: skip
-    for row in values["seeds"]:
-        before, after = (
-            [f"{100 * row[when][part]:.2f}" for part in ("omitted", "all")] for when in ("before", "after")
-        )
-        table.add_row(str(row["seed"]), f"{100 * row['teacher']:.2f}", *before, f"{row['bias']:+.2f}", *after)
+    rows, stages = values["seeds"], ("teacher", "before", "after")
+    caption = (
+        f"accuracy on the {rows[0]['test_examples']} test examples of class {values['omit_class']}, which the student "
+        "never saw, and on all; before and after one bias, chosen on the training split"
+    )
+    columns = [f"{stage}: {part}" for stage in stages for part in ("class", "all")]
+    table = Table("seed", *columns, "bias", caption=caption)
+    for row in rows:
+        cells = [f"{100 * row[stage][part]:.2f}" for stage in stages for part in ("omitted", "all")]
+        table.add_row(str(row["seed"]), *cells, f"{row['bias']:+.2f}")
     table.add_section()
-    shown = {when: [_percent(values[when][part]) for part in ("omitted", "all")] for when in ("before", "after")}
-    table.add_row("mean ± sd", "", *shown["before"], "", *shown["after"])
+    table.add_row("mean ± sd", *(_percent(values[stage][part]) for stage in stages for part in ("omitted", "all")), "")
     return table
 
 

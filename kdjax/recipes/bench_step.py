@@ -111,25 +111,14 @@ def measure(config: ConfigDict) -> dict[str, Any]:
     return values
 
 
-def fused_and_parts(bench: Bench, *, fewest: int = FEWEST, seconds: float = SECONDS) -> dict[str, float]:
+def fused_and_parts(bench: Bench, *, fewest: int = FEWEST, seconds: float | None = None) -> dict[str, float]:
     """Median seconds of the fused step, the teachers' forward pass alone, and the student's update alone.
 
-    The parts do together what the step does: the teachers take the batch as the student sees it (normalised and
-    augmented beforehand), and the student's update, which does the same preprocessing as the fused step, takes the
-    teachers' logits as an argument. All three take turns in one process, and each is waited for.
+    All three take turns in one process, on the same batch, and each is waited for.
     """
-    experiment = bench.experiment
-    preprocess = classification.make_preprocess(experiment.dataset, experiment.config.data.augment.to_dict())
-    seen = jax.jit(preprocess)(bench.batch, bench.state().key)
-    forward = jax.jit(_forward(experiment.teachers))
+    forward, student, seen = parts(bench)
     logits = forward(bench.teachers, seen)
-    # A "teacher" whose variables are its logits: the student's update is then the same code as in the fused step.
-    said = Model(init=lambda key: {}, apply=lambda logits, inputs, **_: (Outputs(logits), {}))
-    told = experiments.make_arm(experiment._replace(teachers=dict.fromkeys(experiment.teachers, said)), DISTILLED)
     states = {"fused": bench.state(), "student": bench.state()}
-    shardings = jax.tree.map(lambda x: x.sharding, states["student"])
-    args = (states["student"], logits, bench.batch, bench.hparams)
-    student, _ = train.compile_step(told.stages[0].step, experiment.mesh, shardings, *args)
 
     def update(name: str, compiled: Any, teachers: Any) -> None:
         states[name], packed = compiled(states[name], teachers, bench.batch, bench.hparams)
@@ -141,6 +130,28 @@ def fused_and_parts(bench: Bench, *, fewest: int = FEWEST, seconds: float = SECO
         "student": lambda: update("student", student, logits),
     }
     return medians(calls, fewest, seconds)
+
+
+def parts(bench: Bench) -> tuple[Any, Any, Batch]:
+    """What the fused step is made of: ``(forward, student, seen)``.
+
+    ``forward(teachers, seen)`` gives the teachers' logits of the batch as the student sees it, normalised and augmented
+    beforehand; ``student(state, logits, batch, hparams)`` is the compiled step with these logits for teachers, and does
+    the preprocessing. Together they do what the fused step does, no more and no less.
+    """
+    experiment = bench.experiment
+    preprocess = classification.make_preprocess(experiment.dataset, experiment.config.data.augment.to_dict())
+    state = bench.state()
+    seen = jax.jit(preprocess)(bench.batch, state.key)
+    forward = jax.jit(_forward(experiment.teachers))
+    logits = forward(bench.teachers, seen)
+    # A "teacher" whose variables are its logits: the student's update is then the same code as in the fused step.
+    said = Model(init=lambda key: {}, apply=lambda logits, inputs, **_: (Outputs(logits), {}))
+    told = experiments.make_arm(experiment._replace(teachers=dict.fromkeys(experiment.teachers, said)), DISTILLED)
+    shardings = jax.tree.map(lambda x: x.sharding, state)
+    args = (state, logits, bench.batch, bench.hparams)
+    student, _ = train.compile_step(told.stages[0].step, experiment.mesh, shardings, *args)
+    return forward, student, seen
 
 
 def compiles_and_transfers(arm: train.Arm, mesh: Mesh, steps: int = STEPS) -> tuple[float, int, str]:
@@ -171,7 +182,7 @@ def compiles_and_transfers(arm: train.Arm, mesh: Mesh, steps: int = STEPS) -> tu
     return (len(names) - first) / len(short), int(bool(complaint)), complaint
 
 
-def constant_and_input(bench: Bench, *, fewest: int = FEWEST, seconds: float = SECONDS) -> tuple[float, float]:
+def constant_and_input(bench: Bench, *, fewest: int = FEWEST, seconds: float | None = None) -> tuple[float, float]:
     """Median seconds per step on one batch that stays on the devices, and with the real input pipeline.
 
     Blocks of steps take turns. Within a block the loop is that of training: a bounded number of steps in flight,
@@ -202,8 +213,9 @@ def constant_and_input(bench: Bench, *, fewest: int = FEWEST, seconds: float = S
     return found["constant"] / BLOCK, found["input"] / BLOCK
 
 
-def medians(calls: Mapping[str, Callable[[], Any]], fewest: int, seconds: float) -> dict[str, float]:
+def medians(calls: Mapping[str, Callable[[], Any]], fewest: int, seconds: float | None = None) -> dict[str, float]:
     """The median seconds of each call, which take turns in a rotating order, so that none profits from its place."""
+    seconds = SECONDS if seconds is None else seconds
     names = list(calls)
     for name in names:  # compiled and in the caches before the first round counts
         calls[name]()

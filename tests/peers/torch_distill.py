@@ -75,7 +75,7 @@ class KdjaxSide:
         warm = jax.jit(lambda v, x: {**v, "state": teacher.apply(v, x, train=True, key=jax.random.key(0))[1]})
         for i in range(40 if self.teacher["state"] else 0):  # running statistics of a network in use, not 0 and 1
             self.teacher = warm(self.teacher, self.batches[i % BATCHES]["inputs"])
-        self.state = jax.jit(lambda key: state.create(student, optimizer, key))(jax.random.key(2))
+        self.state = jax.jit(lambda key: state.create_state(student, optimizer, key))(jax.random.key(2))
         self.hparams = goal.hparams
         step = step.make_train_step(student, {"teacher": teacher}, goal, optimizer)
         self.step = jax.jit(step, donate_argnums=0)
