@@ -32,7 +32,7 @@ def default() -> ConfigDict:
         "labels": 1.0,  # share of the training examples whose labels the student may see
         "omit_class": -1,  # a class whose examples the student never sees (-1: none)
         "augment": {
-            "crop_padding": 0,  # pixels
+            "crop_padding": 1,  # pixels
             "flip": False,
             "randaugment": {"layers": 0, "magnitude": 9.0},
             "random_resized_crop": 0.0,  # smallest share of the area; 0: off
@@ -47,7 +47,7 @@ def default() -> ConfigDict:
         "weight": 1.0,  # among several teachers
         "combine": "probabilities",  # or logits
         "labels": 1.0,
-        "epochs": 30,
+        "epochs": 40,
         "steps": 0,  # if not 0, instead of epochs
         "optimizer": _optimizer(learning_rate=_cosine(2e-3)),
         "losses": {"ce": {"weight": 1.0, "label_smoothing": 0.0}},

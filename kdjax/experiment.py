@@ -17,6 +17,7 @@ from kdjax.data import pipeline, sources
 from kdjax.data.sources import Dataset, Split
 from kdjax.errors import UserError, unknown
 from kdjax.model import Model, Variables, from_nnx
+from kdjax.stages import Plan, make_plan
 from kdjax.step import make_train_step
 from kdjax.tasks import classification
 
@@ -96,6 +97,12 @@ def make_arm(experiment: Experiment, name: str, teacher_variables: dict[str, Var
     model = experiment.student if is_student else experiment.teachers[name]
     params = jax.eval_shape(model.init, jax.random.key(0))["params"]
     transform = optimizer.make(section, params)
+    losses = {"student_distilled": config.losses, "student_alone": config.control.losses}.get(
+        name, config.teacher.losses
+    )
+    sections = config.stages.to_dict() if name == "student_distilled" else {}
+    rate = section.to_dict()["learning_rate"]
+    plans = make_plan(sections, losses.to_dict(), rate, total, per_epoch)
     # Teachers differ by their place among them; both students share one key.
     number = 1 if is_student else 2 + list(experiment.teachers).index(name)
     key = jax.random.fold_in(jax.random.key(config.seed), number)
@@ -103,7 +110,7 @@ def make_arm(experiment: Experiment, name: str, teacher_variables: dict[str, Var
         name=name,
         model=model,
         optimizer=transform,
-        stages=_stages(experiment, name, model, transform, section.learning_rate, total, per_epoch),
+        stages=[_stage(experiment, model, transform, plan, per_epoch) for plan in plans],
         batches=lambda first: pipeline.train_batches(
             split,
             batch_size=config.data.batch_size,
@@ -186,74 +193,18 @@ def _length(section: Mapping[str, Any]) -> dict[str, Any]:
     return {"steps": given["steps"]} if "steps" in given else given
 
 
-def _stages(
-    experiment: Experiment, arm: str, model: Model, transform: Any, rate: Any, total: int, per_epoch: float
-) -> list[train.Stage]:
-    config = experiment.config
-    losses = {
-        "student_distilled": config.losses,
-        "student_alone": config.control.losses,
-    }.get(arm, config.teacher.losses).to_dict()
-    plan = config.stages.to_dict() if arm == "student_distilled" else {}
-    stages, start = [], 0
-    for number, (name, stage) in enumerate(sorted(plan.items()) or [("", {})]):
-        last = number == max(len(plan), 1) - 1
-        length = schedules.steps_of("", stage_length(stage), total, per_epoch, where=f"stages.{name}")
-        stop = total if last and length is None else start + (length or 0)
-        if length is None and not last:
-            raise UserError(f"stages.{name} has no length: give it steps, epochs or percent.")
-        if stop > total or (last and stop != total):
-            # Rounding of percents may leave a step over.
-            if last and abs(stop - total) <= len(plan):
-                stop = total
-            else:
-                raise UserError(
-                    f"the stages are {stop} steps long together and train asks for {total}: make them equal."
-                )
-        merged = {
-            term: {**losses.get(term, {}), **stage.get("losses", {}).get(term, {})}
-            for term in {**losses, **stage.get("losses", {})}
-        }
-        stages.append(
-            _stage(
-                experiment,
-                model,
-                transform,
-                merged,
-                stage.get("learning_rate", rate),
-                start,
-                stop,
-                total,
-                per_epoch,
-                "learning_rate" in stage,
-            )
-        )
-        start = stop
-    return stages
-
-
-def stage_length(stage: Mapping[str, Any]) -> dict[str, Any]:
-    """The part of a stage's config that says how long it is."""
-    return {unit: stage[unit] for unit in ("steps", "epochs", "percent") if unit in stage}
-
-
-def _stage(experiment, model, transform, losses, rate, start, stop, total, per_epoch, own_rate) -> train.Stage:
+def _stage(experiment: Experiment, model: Model, transform: Any, plan: Plan, per_epoch: float) -> train.Stage:
     config = experiment.config
     weights = {name: member(config, name).weight for name in experiment.teachers}
-    goal = objective.make_objective(losses, weights, config.teacher.combine)
+    goal = objective.make_objective(plan.losses, weights, config.teacher.combine)
     make = partial(schedules.make, steps_per_epoch=per_epoch)
-    terms = {name: make(spec, total_steps=stop - start, name=f"losses.{name}") for name, spec in goal.hparams.items()}
-    own = make(
-        rate.to_dict() if isinstance(rate, ConfigDict) else rate,
-        total_steps=stop - start if own_rate else total,
-        name="learning_rate",
-    )
-    rate_start = start if own_rate else 0
+    length = plan.stop - plan.start
+    terms = {name: make(spec, total_steps=length, name=f"losses.{name}") for name, spec in goal.hparams.items()}
+    rate = make(plan.learning_rate, total_steps=plan.rate_stop - plan.rate_start, name="learning_rate")
 
     def hparams_at(params, step):
-        # The losses' schedules run over their stage, the learning rate over the run, unless the stage has its own.
-        values = schedules.at(terms, params, step - start)
-        return values | schedules.at({"learning_rate": own}, params, step - rate_start)
+        values = schedules.at(terms, params, step - plan.start)
+        return values | schedules.at({"learning_rate": rate}, params, step - plan.rate_start)
 
     step = make_train_step(
         model,
@@ -265,4 +216,4 @@ def _stage(experiment, model, transform, losses, rate, start, stop, total, per_e
         accumulate=config.train.accumulate,
         ema_decay=config.train.ema if model is experiment.student else 0.0,
     )
-    return train.Stage(start, stop, step, schedules.values({**terms, "learning_rate": own}))
+    return train.Stage(plan.start, plan.stop, step, schedules.values({**terms, "learning_rate": rate}))

@@ -196,7 +196,9 @@ def abstract_state(arm: Arm, mesh: Mesh) -> TrainState:
 def fresh_state(arm: Arm, mesh: Mesh) -> TrainState:
     """An arm's state at step 0, born on its shardings."""
     shardings = jax.tree.map(lambda x: x.sharding, abstract_state(arm, mesh))
-    create = jax.jit(lambda key: state.create_state(arm.model, arm.optimizer, key, ema=arm.ema), out_shardings=shardings)
+    create = jax.jit(
+        lambda key: state.create_state(arm.model, arm.optimizer, key, ema=arm.ema), out_shardings=shardings
+    )
     return create(arm.key)
 
 

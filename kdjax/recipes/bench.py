@@ -71,7 +71,7 @@ def seeds(config: ConfigDict, workdir: Path, seeds: int) -> Found:
     """
     rows: list[dict[str, Any]] = []
     for seed in range(seeds):
-        found = distill.run(_with_seed(config, seed), workdir / f"seed-{seed}")
+        found = distill.run(_with_seed(config, seed), workdir / f"seed-{seed}").results
         arms: dict[str, Any] = {name: found["arms"][name]["test"]["accuracy"] for name in (MAIN, *STUDENTS)}
         rows.append({"seed": seed, **arms, "difference": arms[DISTILLED] - arms[ALONE]})
     params = {name: found["arms"][name]["params"] for name in (MAIN, DISTILLED)}
@@ -226,7 +226,7 @@ def _omitted_table(values: Mapping[str, Any]) -> Table:
         f"accuracy on the {rows[0]['test_examples']} test examples of class {values['omit_class']}, which the student "
         "never saw, and on all; before and after one bias, chosen on the training split"
     )
-    columns = [f"{stage}: {part}" for stage in stages for part in ("class", "all")]
+    columns = [f"{stage}\n{part}" for stage in stages for part in ("class", "all")]
     table = Table("seed", *columns, "bias", caption=caption)
     for row in rows:
         cells = [f"{100 * row[stage][part]:.2f}" for stage in stages for part in ("omitted", "all")]

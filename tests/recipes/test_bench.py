@@ -3,6 +3,7 @@
 import json
 import time
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -60,14 +61,15 @@ def test_a_compilation_in_the_loop_is_counted(prepared):
     mesh = prepared.experiment.mesh
     assert bench_step.compiles_and_transfers(prepared.arm, mesh, steps=3) == (1.0, 0, "")
 
+    there_already = jnp.ones(3)
+
     def compiling(first):
-        for number, batch in enumerate(prepared.arm.batches(first)):
-            if number:
-                jnp.zeros(1000 + number).block_until_ready()  # another shape at each step
+        for batch in prepared.arm.batches(first):
+            jax.jit(lambda x: jnp.sin(x))(there_already)  # another function at each step
             yield batch
 
-    compiles, _, _ = bench_step.compiles_and_transfers(prepared.arm._replace(batches=compiling), mesh, steps=3)
-    assert compiles >= 3
+    found = bench_step.compiles_and_transfers(prepared.arm._replace(batches=compiling), mesh, steps=3)
+    assert found == (3.0, 0, "")  # the step, and what the fetching of the second and third batch compiles
 
 
 def test_every_stage_counts_as_one(prepared):
@@ -146,7 +148,7 @@ def test_omitted_trains_without_the_class_and_reports_before_and_after(tmp_path)
     assert saved["data"]["omit_class"] == found["omit_class"] == 3
     assert {name for name, term in saved["losses"].items() if term["weight"]} == {"kl"}
     (row,) = found["seeds"]
-    assert set(row) == {"seed", "test_examples", "teacher", "before", "bias", "after"} and row["test_examples"] == 36
+    assert set(row) == {"seed", "test_examples", "teacher", "before", "bias", "after"} and row["test_examples"] == 37
     assert not (tmp_path / "omitted-0" / "checkpoints" / "student_alone").exists()
     assert found["after"]["all"]["mean"] >= found["before"]["all"]["mean"] - 0.05
 
