@@ -7,7 +7,7 @@ Variants:
   quick      a few epochs of everything, to see that it runs; the numbers mean nothing.
   labels10   the students see 10 % of the labels. The control learns from those alone; the distilled student also hears
              the teacher on the unlabelled rest.
-  two_stage  the distilled student first matches the teacher's softened outputs alone (T = 8), then learns the plain task.
+  two_stage  the distilled student first matches the teacher's softened outputs (T = 8), then learns the plain task.
 
 Results over five seeds, with times: docs/results.md.
 """

@@ -2,9 +2,10 @@
 
     kdjax distill --config configs/imagenet_patient_teacher.py --config.teacher.init=TEACHER --config.data.data_dir=DATA
 
-The student matches the teacher's whole output (KL, T = 1) and sees no label. Teacher and student get the very same view:
-one aggressive crop, a flip, and mixup of every image. Then patience: 1,200 epochs. Rates, decay, warm-up and clipping are
-those of the published configuration (big_vision, configs/proj/distill/bit_i1k.py). It differs from the paper in this:
+The student matches the teacher's whole output (KL, T = 1) and sees no label. Teacher and student get the very same
+view: one aggressive crop, a flip, and mixup of every image. Then patience: 1,200 epochs. Rates, decay, warm-up and
+clipping are those of the published configuration (big_vision, configs/proj/distill/bit_i1k.py). It differs from the
+paper in this:
 - a bundled ResNet-50 teaches a ResNet-18, in place of BiT ResNet-152x2 and BiT ResNet-50;
 - images are ImageNet's centre squares of 224 pixels, prepared and held in memory as in imagenet_r34_r18.py, and crops
   are taken from those;

@@ -2,10 +2,10 @@
 
     kdjax distill --config configs/imagenet_r34_r18.py --config.data.data_dir=DATA --workdir runs/r34_r18
 
-DATA holds a tensorflow-datasets set ``imagenet_224``: ImageNet's images with the short side scaled to 256 pixels and the
-centre of 224 x 224 cut out, stored as ArrayRecord. It is your own to prepare, since images must be of one size, and it
-is held in memory (193 GB for the training split). Crops are therefore taken from the centre square, not from the whole
-image as in the reference. ``--config.teacher.init=WORKDIR`` uses a teacher that is there already.
+DATA holds a tensorflow-datasets set ``imagenet_224``: ImageNet's images with the short side scaled to 256 pixels and
+the centre of 224 x 224 cut out, stored as ArrayRecord. It is your own to prepare, since images must be of one size, and
+it is held in memory (193 GB for the training split). Crops are therefore taken from the centre square, not from the
+whole image as in the reference. ``--config.teacher.init=WORKDIR`` uses a teacher that is there already.
 
 Reference (torchdistill, the same losses and rate, validation top-1): teacher 73.31 %, student alone 69.76 %, distilled
 71.37 %. Not measured here.

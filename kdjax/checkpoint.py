@@ -150,8 +150,8 @@ def _items(state: TrainState) -> tuple[Variables, dict[str, Any]]:
 
 
 def _state(model: Variables, train: dict[str, Any]) -> TrainState:
-    ema = model["params"] if "params" in train else {}
-    params = train.get("params", model["params"])
+    # With a moving average, that is the model, and the raw parameters are kept beside it.
+    params, ema = (train["params"], model["params"]) if "params" in train else (model["params"], {})
     return TrainState(train["step"], params, model["state"], train["opt_state"], train["key"], ema)
 
 

@@ -2,15 +2,15 @@
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 import optax
 from flax import nnx
 from jax.sharding import Mesh
 
-from kdjax import sharding, state, train
+from kdjax import schedules, sharding, state, train
 from kdjax.data import pipeline, sources
 from kdjax.errors import UserError
 from kdjax.model import Model, Variables, as_model, update_nnx
@@ -89,13 +89,24 @@ def distill(
     sources.check_split(split or sources.Split(first["inputs"], first["labels"]), classes, "data")
     objective = make_objective(losses or DEFAULT_LOSSES)
     optimizer = optimizer or optax.adamw(1e-3)
-    step = make_train_step(model, {"teacher": teacher_model}, objective, optimizer, preprocess=preprocess)
-    hparams = {name: np.float32(value) for name, value in objective.hparams.items()}
+    per_epoch = total / (epochs or 1)
+    terms = {
+        name: schedules.make(spec, total_steps=total, steps_per_epoch=per_epoch, name=name)
+        for name, spec in objective.hparams.items()
+    }
+    step = make_train_step(
+        model,
+        {"teacher": teacher_model},
+        objective,
+        optimizer,
+        preprocess=preprocess,
+        hparams_at=partial(schedules.at, terms),
+    )
     arm = train.Arm(
         name="student",
         model=model,
         optimizer=optimizer,
-        stages=[train.Stage(0, total, step, hparams)],
+        stages=[train.Stage(0, total, step, schedules.values(terms))],
         batches=lambda _: itertools.chain([first], batches),
         batch_size=batch_size,
         key=jax.random.key(seed),
@@ -118,14 +129,14 @@ def _as_split(data: Any) -> sources.Split | None:
     return None
 
 
-def _array_batches(split, epochs, steps, batch_size, seed) -> tuple[Iterator[Batch], int]:
+def _array_batches(split, epochs, steps, batch_size, seed) -> tuple[Iterator[pipeline.Batch], int]:
     if (epochs is None) == (steps is None):
         raise UserError("say how long to train, either with epochs=... or with steps=....")
     total = steps or max(round((epochs or 0) * len(split.labels) / batch_size), 1)
     return pipeline.train_batches(split, batch_size=batch_size, seed=seed), total
 
 
-def _iterable_batches(data, epochs, steps) -> tuple[Iterator[Batch], int]:
+def _iterable_batches(data, epochs, steps) -> tuple[Iterator[pipeline.Batch], int]:
     if not isinstance(data, Iterable):
         kind = type(data).__name__
         raise UserError(f"data is a {kind}: give (inputs, labels), inputs alone, or an iterable of batches.")

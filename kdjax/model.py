@@ -54,12 +54,12 @@ def from_nnx(module: nnx.Module | Callable[[nnx.Rngs], nnx.Module]) -> Model:
     """
     factory = (lambda rngs: module) if isinstance(module, nnx.Module) else module
     structure = nnx.eval_shape(lambda: factory(nnx.Rngs(0)))
-    graph, params, streams, rest = nnx.split(structure, nnx.Param, nnx.RngState, ...)
+    graph, params, streams, rest = _split(structure)
     templates = {"params": nnx.to_flat_state(params), "state": nnx.to_flat_state(rest)}
     streams = nnx.to_flat_state(streams)
 
     def init(key: Array) -> Variables:
-        _, params, _, rest = nnx.split(factory(nnx.Rngs(key)), nnx.Param, nnx.RngState, ...)
+        _, params, _, rest = _split(factory(nnx.Rngs(key)))
         return {"params": _plain(params), "state": _plain(rest)}
 
     def apply(variables, inputs, *, train, key=None, taps=()):
@@ -144,7 +144,7 @@ def as_model(module: Any, example_inputs: Any) -> Model:
 
 def update_nnx(module: nnx.Module, variables: Variables) -> None:
     """Writes variables into the NNX module that they were made from."""
-    _, params, _, rest = nnx.split(module, nnx.Param, nnx.RngState, ...)
+    _, params, _, rest = _split(module)
     for part, state in (("params", params), ("state", rest)):
         nnx.update(module, nnx.State.from_flat_path(_filled(nnx.to_flat_state(state), variables[part])))
 
@@ -171,7 +171,18 @@ def first_mismatch(expected: Any, found: Any) -> str | None:
 def flatten_paths(tree: Any) -> dict[str, Any]:
     """A tree's leaves by path, such as ``"blocks/0/conv/kernel"``, in a fixed order."""
     leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
-    return dict(sorted((jax.tree_util.keystr(path, simple=True, separator="/"), leaf) for path, leaf in leaves))
+    return {name: leaf for name, leaf in sorted((path_name(path), leaf) for path, leaf in leaves)}
+
+
+def path_name(path: Any) -> str:
+    """A leaf's key path, as JAX gives it, in words: ``"blocks/0/conv/kernel"``."""
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def _split(module: nnx.Module) -> tuple[Any, nnx.State, nnx.State, nnx.State]:
+    """``(structure, parameters, random streams, the rest)``."""
+    graph, *states = nnx.split(module, nnx.Param, nnx.RngState, ...)
+    return graph, states[0], states[1], states[2]
 
 
 def _plain(state: nnx.State) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from kdjax.errors import UserError, unknown
-from kdjax.model import flatten_paths
+from kdjax.model import path_name
 
 Rules = Sequence[tuple[str, str]]
 TACTICS = ("replicate", "fsdp")
@@ -66,14 +66,15 @@ def by_rules(tree: Any, mesh: Mesh, rules: Rules) -> Any:
     for _, tactic in rules:
         if tactic not in TACTICS:
             raise unknown("sharding tactic", tactic, TACTICS)
-    chosen = {}
-    for path, leaf in flatten_paths(tree).items():
-        tactic = next((tactic for pattern, tactic in rules if re.search(pattern, path)), None)
-        if tactic is None:
-            raise UserError(f'no sharding rule speaks of {path}: end the rules with (".*", "replicate").')
-        chosen[path] = NamedSharding(mesh, _fsdp(leaf.shape, mesh) if tactic == "fsdp" else PartitionSpec())
-    leaves, structure = jax.tree_util.tree_flatten_with_path(tree)
-    return structure.unflatten(chosen[jax.tree_util.keystr(path, simple=True, separator="/")] for path, _ in leaves)
+
+    def choose(path: Any, leaf: Any) -> NamedSharding:
+        name = path_name(path)
+        for pattern, tactic in rules:
+            if re.search(pattern, name):
+                return NamedSharding(mesh, _fsdp(leaf.shape, mesh) if tactic == "fsdp" else PartitionSpec())
+        raise UserError(f'no sharding rule speaks of {name}: end the rules with (".*", "replicate").')
+
+    return jax.tree_util.tree_map_with_path(choose, tree)
 
 
 def put_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:

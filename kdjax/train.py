@@ -119,7 +119,7 @@ def run(
             if done >= stage.stop:
                 continue
             batches = arm.batches(done)
-            first = sharding.put_batch(next(batches), mesh)
+            first: dict[str, jax.Array] | None = sharding.put_batch(next(batches), mesh)
             hparams = jax.device_put(stage.hparams, sharding.replicated(mesh))
             step, names = compile_step(stage.step, mesh, shardings, current, teachers, first, hparams)
             pending: deque[tuple[int, jax.Array]] = deque()
@@ -233,7 +233,8 @@ class _Clock:
     """Seconds of training, without the pauses for compiling, evaluating and saving."""
 
     def __init__(self, seconds: float):
-        self.seconds, self._since = seconds, None
+        self.seconds = seconds
+        self._since: float | None = None
 
     def resume(self) -> None:
         self._since = time.perf_counter()
@@ -275,7 +276,7 @@ class _Log:
         self._window.append(pairs)
         if not _due(number, self.every.log, last):  # stages have their own metrics, so a window ends with its stage
             return
-        sums, counts = np.sum(self._window, axis=0, dtype=np.float64)
+        sums, counts = np.asarray(self._window, np.float64).sum(axis=0).tolist()
         values = {
             name: total / count if count else math.nan for name, total, count in zip(names, sums, counts, strict=True)
         }
@@ -295,12 +296,9 @@ class _Log:
 
     def _stop(self, number: int, names: list[str], checkpoints: Checkpoints | None) -> None:
         terms = [name for name in names if name not in ("loss", "grad_norm")] or names
-        kept = checkpoints.latest_step() if checkpoints else None
-        remedy = (
-            f"the last good checkpoint is step {kept} in {checkpoints.folder}"
-            if kept
-            else "no checkpoint was written before"
-        )
+        remedy = "no checkpoint was written before"
+        if checkpoints and checkpoints.latest_step():
+            remedy = f"the last good checkpoint is step {checkpoints.latest_step()} in {checkpoints.folder}"
         raise UserError(
             f"{self.arm.name} is not finite at step {number} (in {', '.join(terms)}); {remedy}: lower "
             "optimizer.learning_rate, set optimizer.clip_norm, or look at the data of that step."

@@ -22,7 +22,7 @@ def make_preprocess(dataset: Dataset, config_augment: Mapping[str, Any]) -> Call
     return lambda batch, key: transform(normalise(batch), key)
 
 
-def make_normalise(dataset: Dataset) -> Callable[[Batch], Batch]:
+def make_normalise(dataset: Dataset) -> Callable[[Batch], dict[str, Array]]:
     """``normalise(batch) -> batch``: float32 inputs, by the training split's mean and deviation of each channel."""
     return lambda batch: {**batch, "inputs": augment.normalise(batch["inputs"], dataset.mean, dataset.std)}
 

@@ -108,7 +108,7 @@ def load(module, arrays):
     wanted = {name for name in state if not name.endswith("num_batches_tracked")}
     for path, value in arrays.items():
         prefix, _, leaf = path.rpartition(".")
-        value = np.asarray(value)
+        value = np.array(value)
         if leaf == "kernel":
             value = value.transpose(3, 2, 0, 1) if value.ndim == 4 else value.T
         name = f"{prefix}.{NAMES.get(leaf, leaf)}" if prefix else leaf

@@ -119,7 +119,7 @@ def test_medians_take_turns_and_are_medians():
 def test_seeds_runs_every_seed_once(tmp_path, capsys):
     found = bench.run("seeds", _config("data.labels=0.5"), workdir=tmp_path, seeds=2)
     out = " ".join(capsys.readouterr().out.split())
-    assert "student distilled" in out and "95 % interval" in out
+    assert "distilled - alone, paired: 95 % interval [" in out
     assert json.loads((tmp_path / "seeds.json").read_text()) == found
     assert [row["seed"] for row in found["seeds"]] == [0, 1]
     for row in found["seeds"]:
