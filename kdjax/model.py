@@ -56,7 +56,7 @@ def from_nnx(module: nnx.Module | Callable[[nnx.Rngs], nnx.Module]) -> Model:
     structure = nnx.eval_shape(lambda: factory(nnx.Rngs(0)))
     graph, params, streams, rest = _split(structure)
     templates = {"params": nnx.to_flat_state(params), "state": nnx.to_flat_state(rest)}
-    streams = nnx.to_flat_state(streams)
+    stream_leaves = nnx.to_flat_state(streams)
 
     def init(key: Array) -> Variables:
         _, params, _, rest = _split(factory(nnx.Rngs(key)))
@@ -68,7 +68,7 @@ def from_nnx(module: nnx.Module | Callable[[nnx.Rngs], nnx.Module]) -> Model:
             **_filled(templates["params"], variables["params"]),
             **_filled(templates["state"], variables["state"]),
         }
-        for number, (path, stream) in enumerate(streams):
+        for number, (path, stream) in enumerate(stream_leaves):
             is_key = isinstance(stream, nnx.RngKey)
             leaves[path] = stream.replace(jax.random.fold_in(key, number) if is_key else jax.numpy.zeros((), "uint32"))
         # A copy, because merging over captured variables inside a gradient is a trace error otherwise.

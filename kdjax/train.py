@@ -110,7 +110,7 @@ def run(
     for writer in writers:
         writer.truncate(arm.name, done)
     shardings = jax.tree.map(lambda x: x.sharding, current)
-    teachers = _put(arm.teacher_variables, mesh, arm.teacher_rules)
+    teachers = put_teachers(arm.teacher_variables, mesh, arm.teacher_rules)
     last_step = arm.stages[-1].stop
     log = _Log(arm, every, writers, (done, clock.seconds), last_step)
 
@@ -218,7 +218,8 @@ def _start(arm, mesh, checkpoints, meta, say) -> tuple[TrainState, int, "_Clock"
     return current, saved["step"], _Clock(saved["seconds"])
 
 
-def _put(teacher_variables: Mapping[str, Variables], mesh: Mesh, rules: sharding.Rules) -> dict[str, Variables]:
+def put_teachers(teacher_variables: Mapping[str, Variables], mesh: Mesh, rules: sharding.Rules) -> dict[str, Variables]:
+    """Puts the teachers' weights on the mesh, by their own rules."""
     teacher_variables = dict(teacher_variables)
     shardings = sharding.by_rules(teacher_variables, mesh, rules)
     # From NumPy: device_put of a JAX array over several processes builds a broken one.

@@ -181,6 +181,7 @@ def without_class(config: ConfigDict) -> ConfigDict:
         for term in changed.losses.values():
             term.weight = 0.0
         changed.losses.kl.update(weight=1.0, temperature=OMITTED_TEMPERATURE)
+        changed.data.augment.crop_padding = 0  # as in the paper, whose transfer set was not shifted
     return configs.resolve(changed)
 
 

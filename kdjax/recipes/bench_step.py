@@ -251,7 +251,7 @@ def prepare(config: ConfigDict) -> Bench:
     experiment = program.in_one_part(experiments.prepare(config))
     mesh = experiment.mesh
     fresh = {name: jax.jit(model.init)(jax.random.key(0)) for name, model in experiment.teachers.items()}
-    teachers = train._put(fresh, mesh, experiment.config.sharding.teacher)
+    teachers = train.put_teachers(fresh, mesh, experiment.config.sharding.teacher)
     arm = experiments.make_arm(experiment, DISTILLED, teachers)
     return Bench(
         experiment=experiment,

@@ -99,7 +99,7 @@ def _of_models(experiment: Experiment) -> list[Check]:
         name: loaded[name] or jax.jit(model.init)(jax.random.key(number + 1))
         for number, (name, model) in enumerate(experiment.teachers.items())
     }
-    placed = train._put(teachers, mesh, experiment.config.sharding.teacher)
+    placed = train.put_teachers(teachers, mesh, experiment.config.sharding.teacher)
     arm = experiments.make_arm(experiment, DISTILLED, placed)
     state = train.fresh_state(arm, mesh)
     other = train.fresh_state(arm._replace(key=jax.random.fold_in(arm.key, 1)), mesh)
@@ -357,7 +357,7 @@ def _teacher_unchanged(
         return Check(title, None, None, "not checked: the step does not fit")
     mesh = experiment.mesh
     fresh = {name: jax.jit(model.init)(jax.random.key(0)) for name, model in experiment.teachers.items()}
-    teachers = train._put(fresh, mesh, experiment.config.sharding.teacher)
+    teachers = train.put_teachers(fresh, mesh, experiment.config.sharding.teacher)
     before = checkpoint.digest(teachers)
     state = train.fresh_state(arm, mesh)
     batch = sharding.put_batch(next(arm.batches(0)), mesh)
