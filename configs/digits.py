@@ -1,4 +1,4 @@
-"""Digits (the default experiment): a CNN teaches one with 1/24 of its parameters on scikit-learn's 1,797 scans.
+"""Digits (the default experiment): a CNN teaches one with 4 % of its parameters on scikit-learn's 1,797 scans.
 
     kdjax distill --config configs/digits.py
     kdjax distill --config configs/digits.py:labels10 --workdir runs/labels10

@@ -28,7 +28,7 @@ def get_config(arg: str = "") -> ConfigDict:
         raise UserError(f"imagenet_patient_teacher.py has no variant {arg!r}, nor any other: leave it out.")
     config = configs.default()
     config.data.update(name="tfds:imagenet_224", batch_size=4096, eval_batch_size=4096)
-    config.data.augment.update(random_resized_crop=0.05, flip=True, mixup=1.0)
+    config.data.augment.update(crop_padding=0, random_resized_crop=0.05, flip=True, mixup=1.0)
     config.teacher.update(name="resnet50", epochs=90)
     config.teacher.options = {}
     config.teacher.optimizer.update(name="sgd", momentum=0.9, weight_decay=1e-4)

@@ -24,7 +24,7 @@ def get_config(arg: str = "") -> ConfigDict:
         raise UserError(f"imagenet_r34_r18.py has no variant {arg!r}, nor any other: leave it out.")
     config = configs.default()
     config.data.update(name="tfds:imagenet_224", batch_size=256, eval_batch_size=512)
-    config.data.augment.update(random_resized_crop=0.08, flip=True)
+    config.data.augment.update(crop_padding=0, random_resized_crop=0.08, flip=True)
     config.teacher.update(name="resnet34", epochs=EPOCHS)
     config.teacher.options = {}
     config.student = {"name": "resnet18", "options": {}}
