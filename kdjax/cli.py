@@ -16,6 +16,7 @@ from absl import flags
 from ml_collections import ConfigDict
 
 from kdjax import config as configs
+from kdjax import host
 from kdjax.errors import UserError, unknown
 
 
@@ -138,7 +139,9 @@ def run(argv: Sequence[str]) -> int:
         if {"-h", "--help"} & set(argv[1:]):
             print(f"kdjax {verb}\n\n{inspect.getdoc(VERBS[verb])}\n\nflags:{_flags(verb).module_help('kdjax')}")
             return 0
-        VERBS[verb](_parse(verb, argv[1:]))
+        call = _parse(verb, argv[1:])
+        host.keep_freed_memory()
+        VERBS[verb](call)
     except UserError as error:
         if "--verbose" in argv:
             traceback.print_exc()

@@ -16,6 +16,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from kdjax import host
+
 
 class Pair(NamedTuple):
     """A teacher and a student on square colour images; a model is (name, options) of kdjax.models.build."""
@@ -161,19 +163,10 @@ class TorchSide:
         return losses, seconds
 
 
-def keep_freed_memory():
-    """Lets glibc keep what is freed: else every step's buffers of over 32 MB are mapped, zeroed and unmapped anew."""
-    import ctypes
-
-    arena_max, mmap_max, trim_threshold = -8, -4, -1  # malloc.h
-    for parameter, value in ((arena_max, 1), (mmap_max, 0), (trim_threshold, 2**31 - 1)):
-        ctypes.CDLL(None).mallopt(parameter, value)
-
-
 def _serve(pipe, make, threads, keep_memory):
     os.sched_setaffinity(0, range(threads))  # JAX has as many threads as it has cores
     if keep_memory:
-        keep_freed_memory()
+        host.keep_freed_memory()
     side = make()
     while (request := pipe.recv()) is not None:
         name, *arguments = request
@@ -250,7 +243,9 @@ def main():
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--chunk", type=int, default=4, help="steps of one side before the other's turn")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
-    parser.add_argument("--keep-memory", action="store_true", help="both sides keep freed memory (keep_freed_memory)")
+    parser.add_argument(
+        "--keep-memory", action="store_true", help="both sides keep freed memory, as the kdjax command does"
+    )
     options = parser.parse_args()
     import jax
     import torch
