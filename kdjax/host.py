@@ -1,4 +1,4 @@
-"""How the ``kdjax`` command sets up its own process. A library must not do this to a user's, so nothing else calls it."""
+"""How the ``kdjax`` command sets up its own process; a library must not do this to its user's."""
 
 import contextlib
 import ctypes
@@ -11,7 +11,7 @@ def keep_freed_memory() -> None:
     """Lets glibc keep what is freed; without glibc does nothing.
 
     On a CPU a step's temporary buffers are allocated and freed at every step, and glibc maps those over 32 MB anew each
-    time: the kernel zeroes them page by page, which took a seventh of the step of a ViT (see ``tests/peers/README.md``).
+    time: the kernel zeroes them page by page, which took a seventh of the step of a ViT (``tests/peers/README.md``).
     """
     if not sys.platform.startswith("linux"):
         return
