@@ -21,8 +21,8 @@ from kdjax.errors import UserError
 from kdjax.model import Variables, first_mismatch, flatten_paths
 from kdjax.state import TrainState, inference_variables
 
-# Orbax reports each of its steps at INFO and WARNING; what matters to the user is raised or said by us.
-logging.getLogger("absl").setLevel(logging.ERROR)
+# Orbax reports each of its steps, and failures with their traceback; what matters to the user is raised by us.
+logging.getLogger("absl").setLevel(logging.CRITICAL)
 
 
 class Checkpoints:
@@ -187,10 +187,19 @@ def _verify(tree: Any, checksums: dict[str, int]) -> None:
 
 @contextlib.contextmanager
 def _as_user_error(folder: Path) -> Iterator[None]:
+    """Says in one sentence that a disk is full or read-only. Earlier saves are whole: each is renamed into place."""
     try:
         yield
-    except OSError as error:
-        raise UserError(f"cannot write checkpoints in {folder}: {error.strerror or error}.") from error
+    except (OSError, ValueError) as error:
+        # tensorstore reports a full disk as a ValueError of many lines.
+        is_full = "RESOURCE_EXHAUSTED" in str(error)
+        if isinstance(error, ValueError) and not is_full:
+            raise
+        reason = "no space left on the disk" if is_full else str(error)
+        raise UserError(
+            f"cannot write checkpoints in {folder}: {reason}; those saved before are kept, so free some space and run "
+            "the same command again."
+        ) from error
 
 
 def digest(variables: Variables) -> str:

@@ -1,6 +1,7 @@
 """Checkpoints: exact, kept newest and best, and never silently wrong."""
 
 import functools
+import subprocess
 
 import jax
 import jax.numpy as jnp
@@ -122,6 +123,27 @@ def test_loading_refuses_what_does_not_fit(tmp_path):
     file.write_bytes(file.read_bytes()[:50])
     with pytest.raises(UserError, match="truncated or damaged"):
         load_model(tmp_path, like)
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=600k", "tmpfs", str(disk)], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("a small disk can be mounted by root only")
+    yield disk
+    subprocess.run(["umount", "-l", str(disk)], check=True)
+
+
+def test_full_disk_is_one_sentence_and_costs_no_earlier_checkpoint(small_disk):
+    with pytest.raises(UserError, match="no space left on the disk; those saved before are kept"):
+        save(small_disk, range(1, 20), keep=100)
+    saved = max(int(path.name) for path in small_disk.iterdir() if path.name.isdigit())
+    assert saved < 19
+    restored, meta = restore(small_disk, make_state(), [])
+    assert meta["step"] == saved
+    assert equal_trees(restored, make_state(saved))
 
 
 def test_digest_depends_on_every_value_name_and_type():
