@@ -133,8 +133,10 @@ def run(
                     current, packed = step(current, teachers, batch, hparams)
                     done += 1
                     pending.append((done, packed))
+                    # Read once: a signal that comes while this step is handled is the next one's, which then saves.
+                    stopping = signals.received
                     evaluates = evaluate is not None and _due(done, every.evaluate, last_step)
-                    saves = checkpoints is not None and (_due(done, every.save, last_step) or signals.received)
+                    saves = checkpoints is not None and (_due(done, every.save, last_step) or stopping)
                     # NaN must never reach a checkpoint, so all that is in flight is read before a save.
                     bound = 0 if evaluates or saves or done == stage.stop else MAX_IN_FLIGHT
                     while len(pending) > bound:
@@ -147,13 +149,11 @@ def run(
                             checkpoints.save(done, current, {**meta, "seconds": clock.seconds}, accuracy)
                         if done < stage.stop:
                             clock.resume()
-                    if signals.received:
-                        if checkpoints:
-                            checkpoints.wait()
-                        raise Interrupted(
-                            f"{arm.name} stopped by a signal at step {done}; its state is saved.", signals.received
-                        )
+                    if stopping:
+                        raise _interrupted(arm, done, checkpoints, stopping)
             clock.pause()
+        if signals.received:  # during the last step, whose state is saved as any arm's end is
+            raise _interrupted(arm, done, checkpoints, signals.received)
     if checkpoints:
         checkpoints.wait()
     rate = done * arm.batch_size / clock.seconds if clock.seconds else None
@@ -216,6 +216,13 @@ def _start(arm, mesh, checkpoints, meta, say) -> tuple[TrainState, int, "_Clock"
     if saved["step"] < arm.stages[-1].stop:
         say(f"{arm.name}: resuming from step {saved['step']}.")
     return current, saved["step"], _Clock(saved["seconds"])
+
+
+def _interrupted(arm: Arm, done: int, checkpoints: Checkpoints | None, number: int) -> Interrupted:
+    if checkpoints:
+        checkpoints.wait()
+    kept = "its state is saved" if checkpoints else "nothing was to be saved"
+    return Interrupted(f"{arm.name} stopped by a signal at step {done}; {kept}.", number)
 
 
 def put_teachers(teacher_variables: Mapping[str, Variables], mesh: Mesh, rules: sharding.Rules) -> dict[str, Variables]:

@@ -114,6 +114,30 @@ def test_a_signal_saves_and_stops_and_resume_is_exact(tmp_path, uninterrupted):
     assert equal_trees(run(make_arm(), tmp_path).state, uninterrupted)
 
 
+@pytest.mark.parametrize(("comes_at", "saved_at"), [(6, 7), (12, 12)])
+def test_a_signal_while_a_step_is_being_handled_is_not_lost_and_saves_first(
+    tmp_path, uninterrupted, comes_at, saved_at
+):
+    """It comes after the loop has decided what to save at this step: in the midst of an evaluation, here."""
+    evaluated = []
+
+    def evaluate(_):
+        evaluated.append(len(evaluated))
+        if len(evaluated) * 3 == comes_at:
+            signal.raise_signal(signal.SIGTERM)
+        return 0.5
+
+    mesh = sharding.make_mesh({"data": 1})
+    every = train.Every(log=4, evaluate=3)
+    with (
+        Checkpoints(tmp_path) as checkpoints,
+        pytest.raises(train.Interrupted, match=f"step {saved_at}; its state is saved"),
+    ):
+        train.run(make_arm(), mesh, every=every, checkpoints=checkpoints, evaluate=evaluate, say=QUIET)
+    assert (tmp_path / str(saved_at)).is_dir()
+    assert equal_trees(run(make_arm(), tmp_path).state, uninterrupted)
+
+
 def test_nan_stops_with_step_cause_and_last_good_checkpoint(tmp_path):
     arm = make_arm(batches=lambda first: float_batches(first, poison_at=8))
     with pytest.raises(UserError, match=r"not finite at step 9 \(in ce, kl\); the last good checkpoint is step 5"):
