@@ -14,7 +14,7 @@ from kdjax import objective
 from kdjax.errors import UserError, unknown
 
 # Subtrees in which a user may add keys; what is put there is checked by the code that reads it.
-_OPEN = ("data.options", "teacher.options", "student.options", "more_teachers", "stages", "mesh")
+_OPEN = ("data.options", "teacher.options", "teacher.augment", "student.options", "more_teachers", "stages", "mesh")
 # What does not change the result, and so may change when a run is resumed.
 _FREE = ("checkpoint", "log")
 
@@ -47,6 +47,7 @@ def default() -> ConfigDict:
         "weight": 1.0,  # among several teachers
         "combine": "probabilities",  # or logits
         "labels": 1.0,
+        "augment": {},  # what differs from data.augment while the teacher itself is trained
         "epochs": 40,
         "steps": 0,  # if not 0, instead of epochs
         "optimizer": _optimizer(learning_rate=_cosine(2e-3)),
@@ -129,6 +130,7 @@ def resolve(config: ConfigDict) -> ConfigDict:
     """
     config = ConfigDict(config.to_dict(), type_safe=False)
     _check(config.to_dict(), default().to_dict(), "")
+    _check(config.teacher.augment.to_dict(), default().data.augment.to_dict(), "teacher.augment.")
     for name, stage in config.stages.items():
         _check(stage.to_dict().get("losses", {}), default().losses.to_dict(), f"stages.{name}.losses.")
     for name, extra in config.more_teachers.items():

@@ -103,6 +103,7 @@ def make_arm(experiment: Experiment, name: str, teacher_variables: dict[str, Var
     sections = config.stages.to_dict() if name == "student_distilled" else {}
     rate = section.to_dict()["learning_rate"]
     plans = make_plan(sections, losses.to_dict(), rate, total, per_epoch)
+    augment = config.data.augment.to_dict() | ({} if is_student else config.teacher.augment.to_dict())
     # Teachers differ by their place among them; both students share one key.
     number = 1 if is_student else 2 + list(experiment.teachers).index(name)
     key = jax.random.fold_in(jax.random.key(config.seed), number)
@@ -110,7 +111,7 @@ def make_arm(experiment: Experiment, name: str, teacher_variables: dict[str, Var
         name=name,
         model=model,
         optimizer=transform,
-        stages=[_stage(experiment, model, transform, plan, per_epoch) for plan in plans],
+        stages=[_stage(experiment, model, transform, plan, per_epoch, augment) for plan in plans],
         batches=lambda first: pipeline.train_batches(
             split,
             batch_size=config.data.batch_size,
@@ -193,7 +194,9 @@ def _length(section: Mapping[str, Any]) -> dict[str, Any]:
     return {"steps": given["steps"]} if "steps" in given else given
 
 
-def _stage(experiment: Experiment, model: Model, transform: Any, plan: Plan, per_epoch: float) -> train.Stage:
+def _stage(
+    experiment: Experiment, model: Model, transform: Any, plan: Plan, per_epoch: float, augment: dict[str, Any]
+) -> train.Stage:
     config = experiment.config
     weights = {name: member(config, name).weight for name in experiment.teachers}
     goal = objective.make_objective(plan.losses, weights, config.teacher.combine)
@@ -211,7 +214,7 @@ def _stage(experiment: Experiment, model: Model, transform: Any, plan: Plan, per
         experiment.teachers if goal.uses_teacher else {},
         goal,
         transform,
-        preprocess=classification.make_preprocess(experiment.dataset, config.data.augment.to_dict()),
+        preprocess=classification.make_preprocess(experiment.dataset, augment),
         hparams_at=hparams_at,
         accumulate=config.train.accumulate,
         ema_decay=config.train.ema if model is experiment.student else 0.0,

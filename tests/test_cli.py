@@ -60,6 +60,7 @@ def refused(capsys, *argv):
         ("--config.data.batch_size=100", "data.batch_size=100 is not divisible by the mesh's 8 devices: try 96"),
         ("--config.mesh.data=64", "needs 64 devices and there are 8"),
         ("--config.teacher.init=nowhere", "no checkpoint in"),
+        ("--config.teacher.augment={'flop': True}", "unknown config key 'teacher.augment.flop': did you mean"),
         ("--config.train.dtype=float64", "unknown train.dtype 'float64'"),
         ("--config.data.omit_class=10", "data.omit_class=10 is not a class: there are 10"),
         ("--config.data.labels=1.5", "a share of labels is between 0 and 1"),

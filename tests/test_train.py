@@ -11,7 +11,7 @@ import optax
 import pytest
 
 from kdjax import sharding, state, train
-from kdjax.checkpoint import Checkpoints
+from kdjax.checkpoint import Checkpoints, digest
 from kdjax.data import pipeline
 from kdjax.errors import UserError
 from kdjax.objective import make_objective
@@ -250,6 +250,17 @@ def test_teacher_from_a_checkpoint_and_several_teachers(finished_run, tmp_path):
     assert both["arms"]["teacher"]["params"] > found["arms"]["teacher"]["params"]
     assert both["arms"]["student_alone"]["params_sha256"] == found["arms"]["student_alone"]["params_sha256"]
     assert both["arms"]["student_distilled"]["params_sha256"] != found["arms"]["student_distilled"]["params_sha256"]
+
+
+def test_teacher_augment_changes_the_teachers_training_alone(finished_run, tmp_path):
+    _, found = finished_run
+    config = tiny_config()
+    config.teacher.augment = {"crop_padding": 0}
+    shas = {
+        arm: digest(recipe.run_one(config, tmp_path, arm, say=QUIET).variables) for arm in ("teacher", "student_alone")
+    }
+    assert shas["student_alone"] == found["arms"]["student_alone"]["params_sha256"]
+    assert shas["teacher"] != found["arms"]["teacher"]["params_sha256"]
 
 
 def test_two_stage_config_with_schedules_runs_as_written(tmp_path):
