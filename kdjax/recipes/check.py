@@ -26,6 +26,7 @@ from kdjax.experiment import MAIN, Experiment
 from kdjax.model import Array, Model, Outputs, Params, Variables
 from kdjax.objective import Batch, Hparams, Objective
 from kdjax.recipes import program
+from kdjax.results import bytes_text
 from kdjax.state import TrainState
 from kdjax.step import make_train_step
 from kdjax.tasks import classification
@@ -337,9 +338,9 @@ def _of_program(experiment: Experiment) -> list[Check]:
     largest = max(int((limit - heaviest.bytes) / per_example + size) // unit * unit, 0)
     state, teachers = train.abstract_state(arm, mesh), program.abstract_teachers(experiment)
     sizes = {"teacher": teachers, "student": (state.params, state.model_state, state.ema), "optimiser": state.opt_state}
-    weights = ", ".join(f"{name} {program.shown(program.bytes_per_device(tree))}" for name, tree in sizes.items())
-    parts = f"arguments {program.shown(heaviest.argument_bytes)}, temporaries {program.shown(heaviest.temp_bytes)}"
-    of = f"bytes per device, of {program.shown(limit)} ({where}): {parts}"
+    weights = ", ".join(f"{name} {bytes_text(program.bytes_per_device(tree))}" for name, tree in sizes.items())
+    parts = f"arguments {bytes_text(heaviest.argument_bytes)}, temporaries {bytes_text(heaviest.temp_bytes)}"
+    of = f"bytes per device, of {bytes_text(limit)} ({where}): {parts}"
     return [
         _teacher_unchanged(experiment, arm, steps, fits),
         Check("memory of a step fits", fits, heaviest.bytes, of),
@@ -395,5 +396,5 @@ def _shown(check: Check) -> str:
     if isinstance(check.value, float):
         return f"{check.value:.3g}"
     if check.name.startswith("memory"):
-        return program.shown(int(check.value or 0))
+        return bytes_text(int(check.value or 0))
     return "" if check.value is None else str(check.value)

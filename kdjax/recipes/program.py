@@ -90,12 +90,3 @@ def memory_limit(device: jax.Device) -> tuple[int, str]:
 def bytes_per_device(tree: Any) -> int:
     """What a tree of arrays or shapes, with their shardings, takes on one device."""
     return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
-
-
-def shown(count: float) -> str:
-    """A number of bytes for people, such as ``"1.5 MiB"``."""
-    for unit in ("B", "KiB", "MiB"):
-        if count < 1024:
-            return f"{count:.4g} {unit}"
-        count /= 1024
-    return f"{count:.4g} GiB"
