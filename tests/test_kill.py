@@ -61,7 +61,8 @@ def kill_after(workdir, new_lines, pause):
 def killed_run_equals_an_uninterrupted_one(tmp_path, kills, seed):
     expected = finish(tmp_path / "whole")
     rng = random.Random(seed)
-    places = [kill_after(tmp_path / "killed", rng.randint(1, 8), rng.uniform(0, 0.1)) for _ in range(kills)]
+    most = min(300 // kills, 60)  # lines between two kills, so that they fall into every arm (120 lines in all)
+    places = [kill_after(tmp_path / "killed", rng.randint(1, most), rng.uniform(0, 0.1)) for _ in range(kills)]
     hit = [(place["arm"], place["step"]) for place in places if place]
     print("killed at", hit)
     assert len(hit) >= kills / 2  # otherwise the run was too short to be a test
