@@ -11,6 +11,7 @@ from kdjax.model import Array, Model, Outputs, Variables
 from kdjax.objective import Batch, Hparams, Objective
 from kdjax.state import TrainState
 
+HPARAMS = "hparams/"  # what the names of hyperparameters among the metrics begin with
 Metrics = dict[str, tuple[Array, Array]]
 Step = Callable[[TrainState, Mapping[str, Variables], Batch, Hparams], tuple[TrainState, Metrics]]
 
@@ -89,7 +90,7 @@ def make_train_step(
         one = jnp.ones((), jnp.float32)
         metrics = {name: (total, counts.get(name, one)) for name, total in sums.items()}
         metrics["grad_norm"] = (optax.tree.norm(grads), one)
-        metrics |= {f"hparams/{name}": (jnp.asarray(value, jnp.float32), one) for name, value in values.items()}
+        metrics |= {f"{HPARAMS}{name}": (jnp.asarray(value, jnp.float32), one) for name, value in values.items()}
         return new_state, metrics
 
     return step

@@ -21,7 +21,7 @@ from kdjax.checkpoint import Checkpoints
 from kdjax.errors import UserError
 from kdjax.model import Model, Variables
 from kdjax.state import TrainState
-from kdjax.step import Step
+from kdjax.step import HPARAMS, Step
 from kdjax.writers import JsonlWriter, Progress, TensorBoardWriter
 
 # With several CPU devices in a process, more than about 32 steps in flight deadlock without a message.
@@ -275,22 +275,21 @@ class _Log:
         checkpoints: Checkpoints | None,
     ) -> None:
         pairs = jax.device_get(packed)
-        if self.every.stop_on_nan and not np.isfinite(pairs[0]).all():
-            self._stop(
-                number,
-                [name for name, value in zip(names, pairs[0], strict=True) if not math.isfinite(value)],
-                checkpoints,
-            )
+        broken = [name for name, value in zip(names, pairs[0], strict=True) if not math.isfinite(value)]
+        if broken and self.every.stop_on_nan:
+            raise _not_finite(self.arm.name, number, broken, checkpoints)
         self._window.append(pairs)
-        if not _due(number, self.every.log, last):  # stages have their own metrics, so a window ends with its stage
-            return
+        if _due(number, self.every.log, last):  # stages have their own metrics, so a window ends with its stage
+            self._write(number, names, clock)
+
+    def _write(self, number: int, names: list[str], clock: _Clock) -> None:
         sums, counts = np.asarray(self._window, np.float64).sum(axis=0).tolist()
-        values = {
-            name: total / count if count else math.nan for name, total, count in zip(names, sums, counts, strict=True)
-        }
-        # A hyperparameter is what it was at this step, not the window's mean.
-        hparams = {name[8:]: float(pairs[0][i]) for i, name in enumerate(names) if name.startswith("hparams/")}
-        values = {name: value for name, value in values.items() if not name.startswith("hparams/")}
+        values, hparams = {}, {}
+        for index, name in enumerate(names):
+            if name.startswith(HPARAMS):  # as it was at this step, not the window's mean
+                hparams[name.removeprefix(HPARAMS)] = float(self._window[-1][0][index])
+            else:
+                values[name] = sums[index] / counts[index] if counts[index] else math.nan
         rate = (number - self.began[0]) * self.arm.batch_size / max(clock.now() - self.began[1], 1e-9)
         self._window = []
         self.progress.update(number, {k: v for k, v in values.items() if k != "grad_norm"}, rate)
@@ -302,15 +301,16 @@ class _Log:
             for writer in self.writers:
                 writer.write({"arm": self.arm.name, "step": number, "eval_accuracy": accuracy})
 
-    def _stop(self, number: int, names: list[str], checkpoints: Checkpoints | None) -> None:
-        terms = [name for name in names if name not in ("loss", "grad_norm")] or names
-        remedy = "no checkpoint was written before"
-        if checkpoints and checkpoints.latest_step():
-            remedy = f"the last good checkpoint is step {checkpoints.latest_step()} in {checkpoints.folder}"
-        raise UserError(
-            f"{self.arm.name} is not finite at step {number} (in {', '.join(terms)}); {remedy}: lower "
-            "optimizer.learning_rate, set optimizer.clip_norm, or look at the data of that step."
-        )
+
+def _not_finite(arm: str, number: int, names: list[str], checkpoints: Checkpoints | None) -> UserError:
+    terms = [name for name in names if name not in ("loss", "grad_norm")] or names
+    remedy = "no checkpoint was written before"
+    if checkpoints and checkpoints.latest_step():
+        remedy = f"the last good checkpoint is step {checkpoints.latest_step()} in {checkpoints.folder}"
+    return UserError(
+        f"{arm} is not finite at step {number} (in {', '.join(terms)}); {remedy}: lower optimizer.learning_rate, set "
+        "optimizer.clip_norm, or look at the data of that step."
+    )
 
 
 class _Signals(contextlib.AbstractContextManager):
