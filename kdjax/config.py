@@ -112,6 +112,8 @@ def _optimizer(**changes: Any) -> dict[str, Any]:
         "b1": None,
         "b2": None,
         "eps": None,
+        "decay": None,
+        "centered": None,
         "decay_mask": None,  # regexes of the parameters that decay; None: those with 2 dimensions or more
         "freeze": None,  # regexes of parameters that stay as they are
         **changes,
@@ -246,7 +248,7 @@ def _is_schedule(value: Any) -> bool:
 def _check_leaf(value: Any, expected: Any, path: str) -> None:
     if expected is None:
         return  # an optimiser option: optimizer.make checks it
-    if _is_schedule(expected) or isinstance(expected, float):
+    if _is_schedule(expected) or isinstance(expected, float) or path.endswith(".epochs"):
         _require(isinstance(value, int | float) and not isinstance(value, bool), path, "a number", value)
     elif isinstance(expected, tuple):
         _require(isinstance(value, tuple | list), path, "a list", value)
