@@ -30,7 +30,7 @@ class Call(NamedTuple):
 
 
 def distill(call: Call) -> None:
-    """Train the teacher, the same student alone, and the distilled student; print one table; write a report.
+    """Train the teacher, the same student alone and the distilled student; print a table; write a report.
 
     Example:
       kdjax distill
@@ -48,7 +48,9 @@ def distill(call: Call) -> None:
 
 
 def train(call: Call) -> None:
-    """Train one arm: teacher, student_alone or student_distilled (from the workdir's teacher, or from teacher.init).
+    """Train one arm: teacher, student_alone or student_distilled.
+
+    The distilled student learns from the workdir's teacher, or from the one that config.teacher.init names.
 
     Example:
       kdjax train --arm teacher --workdir runs/teacher
@@ -61,7 +63,7 @@ def train(call: Call) -> None:
 
 
 def evaluate(call: Call) -> None:
-    """Score the arms of a finished workdir again, and rewrite its results and report; the config is the workdir's own.
+    """Score the arms of a finished workdir again and rewrite its report; the config is the workdir's own.
 
     Example:
       kdjax evaluate --workdir runs/digits
@@ -78,7 +80,7 @@ def evaluate(call: Call) -> None:
 
 
 def check(call: Call) -> None:
-    """Test a config before spending device time on it: identities of the loss, shapes, teacher, memory and FLOPs.
+    """Test a config before spending device time on it: losses, shapes, teacher, memory, FLOPs.
 
     Example:
       kdjax check --config configs/cifar100.py:res56_res20 --config.data.data_dir=DATA
@@ -89,8 +91,10 @@ def check(call: Call) -> None:
 
 
 def bench(call: Call) -> None:
-    """Measure: `step` (the compiled step against its parts), `seeds` (all arms over several seeds), `omitted` (a class
-    that the student never saw).
+    """Measure the step, several seeds, or a class that the student never saw.
+
+    `bench step` times the compiled step against its parts, `bench seeds` trains all arms over several seeds, and `bench
+    omitted` repeats the omitted class of Hinton et al. (2015).
 
     Example:
       kdjax bench step --json
@@ -150,6 +154,9 @@ def run(argv: Sequence[str]) -> int:
     except KeyboardInterrupt:
         print("kdjax: interrupted before a step was made. Run the same command to begin again.", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # the reader of our output is gone, such as `head`
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - so that closing it at exit does not fail again
+        return 0
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS) or "--verbose" in argv:
             raise
