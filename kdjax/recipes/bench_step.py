@@ -84,7 +84,7 @@ def measure(config: ConfigDict) -> dict[str, Any]:
     values = {
         "fused_over_parts": times["fused"] / (times["teacher"] + times["student"]),
         "flops_over_minimum": bench.program.flops / minimum,
-        "compiles": compiles,
+        "compiles": int(compiles) if compiles.is_integer() else compiles,
         "host_transfers": transfers,
         "input_over_constant": input_s / constant_s,
         "temp_bytes": bench.program.temp_bytes,
