@@ -190,10 +190,10 @@ def _as_user_error(folder: Path) -> Iterator[None]:
     """Says in one sentence that a disk is full or read-only. Earlier saves are whole: each is renamed into place."""
     try:
         yield
-    except (OSError, ValueError) as error:
-        # tensorstore reports a full disk as a ValueError of many lines.
-        is_full = "RESOURCE_EXHAUSTED" in str(error)
-        if isinstance(error, ValueError) and not is_full:
+    except Exception as error:
+        # A full disk shows as an OSError, or as whatever tensorstore's many lines are raised as.
+        is_full = any(mark in str(error) for mark in ("RESOURCE_EXHAUSTED", "No space left"))
+        if not is_full and not isinstance(error, OSError):
             raise
         reason = "no space left on the disk" if is_full else str(error)
         raise UserError(
