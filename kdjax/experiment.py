@@ -22,7 +22,7 @@ from kdjax.step import make_train_step
 from kdjax.tasks import classification
 
 MAIN = "teacher"  # the name of the first teacher; more have the names that the config gives them
-STUDENTS = ("student_alone", "student_distilled")
+STUDENTS = ALONE, DISTILLED = ("student_alone", "student_distilled")
 DTYPES = ("float32", "bfloat16")
 
 
@@ -97,10 +97,8 @@ def make_arm(experiment: Experiment, name: str, teacher_variables: dict[str, Var
     model = experiment.student if is_student else experiment.teachers[name]
     params = jax.eval_shape(model.init, jax.random.key(0))["params"]
     transform = optimizer.make(section, params)
-    losses = {"student_distilled": config.losses, "student_alone": config.control.losses}.get(
-        name, config.teacher.losses
-    )
-    sections = config.stages.to_dict() if name == "student_distilled" else {}
+    losses = {DISTILLED: config.losses, ALONE: config.control.losses}.get(name, config.teacher.losses)
+    sections = config.stages.to_dict() if name == DISTILLED else {}
     rate = section.to_dict()["learning_rate"]
     plans = make_plan(sections, losses.to_dict(), rate, total, per_epoch)
     augment = config.data.augment.to_dict() | ({} if is_student else config.teacher.augment.to_dict())

@@ -19,12 +19,11 @@ from kdjax import config as configs
 from kdjax import experiment as experiments
 from kdjax import results
 from kdjax.errors import UserError, unknown
-from kdjax.experiment import MAIN, STUDENTS
+from kdjax.experiment import ALONE, DISTILLED, MAIN, STUDENTS
 from kdjax.recipes import bench_step, distill
 from kdjax.tasks import classification
 from kdjax.writers import write_atomic
 
-ALONE, DISTILLED = STUDENTS
 OMITTED_CLASS = 3  # of Hinton et al. 2015, section 3
 OMITTED_TEMPERATURE = 20.0
 

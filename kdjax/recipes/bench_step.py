@@ -14,14 +14,13 @@ from rich.table import Table
 
 from kdjax import experiment as experiments
 from kdjax import sharding, train
-from kdjax.experiment import STUDENTS, Experiment
+from kdjax.experiment import DISTILLED, Experiment
 from kdjax.model import Array, Model, Outputs, Variables
 from kdjax.objective import Batch
 from kdjax.recipes import program
 from kdjax.state import TrainState, inference_variables
 from kdjax.tasks import classification
 
-DISTILLED = STUDENTS[1]
 SECONDS = 20.0  # of each timed comparison, unless the fewest rounds take longer
 FEWEST, MOST = 15, 300  # rounds
 BLOCK = 20  # steps of a run that are timed as one

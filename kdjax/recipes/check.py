@@ -22,16 +22,15 @@ from kdjax import checkpoint, metrics, objective, sharding, train
 from kdjax import experiment as experiments
 from kdjax.data.sources import Dataset, Split
 from kdjax.errors import UserError
-from kdjax.experiment import MAIN, Experiment
+from kdjax.experiment import DISTILLED, MAIN, Experiment
 from kdjax.model import Array, Model, Outputs, Params, Variables
 from kdjax.objective import Batch, Hparams, Objective
 from kdjax.recipes import program
 from kdjax.results import bytes_text
 from kdjax.state import TrainState
-from kdjax.step import make_train_step
+from kdjax.step import HPARAMS, make_train_step
 from kdjax.tasks import classification
 
-DISTILLED = "student_distilled"
 EXAMPLES = 32  # in the batch of the identities
 TEACHER_EXAMPLES = 512  # of the test set, to score a teacher on
 # Relative to the yardstick. Rounding alone gives less than 1e-5 in float32; a wrong formula gives about 1. bfloat16
@@ -304,7 +303,7 @@ def _hparams_of(stage: train.Stage, arm: train.Arm, state: TrainState, mesh: Mes
     @jax.jit
     def values(state, teachers, batch, hparams):
         found = stage.step(state, teachers, batch, hparams)[1]
-        return {name.removeprefix("hparams/"): pair[0] for name, pair in found.items() if name.startswith("hparams/")}
+        return {name.removeprefix(HPARAMS): pair[0] for name, pair in found.items() if name.startswith(HPARAMS)}
 
     batch = sharding.put_batch(next(arm.batches(0)), mesh)
     at_start = state._replace(step=jnp.full_like(state.step, stage.start))

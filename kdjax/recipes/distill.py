@@ -18,7 +18,7 @@ from kdjax import checkpoint, metrics, objective, report, results, train
 from kdjax import config as configs
 from kdjax import experiment as experiments
 from kdjax.errors import UserError, unknown
-from kdjax.experiment import MAIN, STUDENTS, Experiment
+from kdjax.experiment import DISTILLED, MAIN, STUDENTS, Experiment
 from kdjax.model import Variables
 from kdjax.state import inference_variables
 from kdjax.step import make_predict
@@ -48,9 +48,7 @@ def run(config: ConfigDict, workdir: Path, *, say: Say = print) -> Outcome:
     experiment = experiments.prepare(config)
     with claimed(workdir, experiment.config):
         _check_disk(experiment, workdir, (*experiment.teachers, *STUDENTS))
-        teachers = obtain_teachers(experiment, workdir, say=say)
-        arms = {name: train_arm(experiment, name, workdir, teachers=teachers, say=say) for name in STUDENTS}
-        return score_and_report(experiment, workdir, teachers, arms)
+        return _all_arms(experiment, workdir, say)
 
 
 def run_one(config: ConfigDict, workdir: Path, arm: str, *, say: Say = print) -> Trained:
@@ -60,7 +58,7 @@ def run_one(config: ConfigDict, workdir: Path, arm: str, *, say: Say = print) ->
         raise unknown("arm", arm, [*experiment.teachers, *STUDENTS])
     with claimed(workdir, experiment.config):
         _check_disk(experiment, workdir, (arm,))
-        teachers = obtain_teachers(experiment, workdir, say=say) if arm == "student_distilled" else {}
+        teachers = obtain_teachers(experiment, workdir, say=say) if arm == DISTILLED else {}
         return train_arm(experiment, arm, workdir, teachers=teachers, say=say)
 
 
@@ -69,11 +67,16 @@ def evaluate(config: ConfigDict, workdir: Path, *, say: Say = print) -> Outcome:
     experiment = experiments.prepare(config)
     with claimed(workdir, experiment.config):
         for name in (*experiment.teachers, *STUDENTS):
-            if name in STUDENTS or not experiments.load_teacher(experiment, name):
+            if name in STUDENTS or not experiments.member(experiment.config, name).init:
                 _require_finished(experiment, name, workdir)
-        teachers = obtain_teachers(experiment, workdir, say=say)
-        arms = {name: train_arm(experiment, name, workdir, teachers=teachers, say=say) for name in STUDENTS}
-        return score_and_report(experiment, workdir, teachers, arms)
+        return _all_arms(experiment, workdir, say)
+
+
+def _all_arms(experiment: Experiment, workdir: Path, say: Say) -> Outcome:
+    """Trains what is not finished and loads what is, then scores and reports."""
+    teachers = obtain_teachers(experiment, workdir, say=say)
+    arms = {name: train_arm(experiment, name, workdir, teachers=teachers, say=say) for name in STUDENTS}
+    return score_and_report(experiment, workdir, teachers, arms)
 
 
 def saved_config(workdir: Path) -> ConfigDict:
@@ -145,7 +148,7 @@ def train_arm(
 ) -> Trained:
     """Trains an arm to its last step, or loads it where it is there already."""
     config = experiment.config
-    taught = {key: value.variables for key, value in teachers.items()} if name == "student_distilled" else {}
+    taught = {key: value.variables for key, value in teachers.items()} if name == DISTILLED else {}
     arm = experiments.make_arm(experiment, name, taught)
     score = classification.make_score(arm.model, experiment.dataset, experiment.mesh, config.data.eval_batch_size)
     test = experiment.dataset.test
