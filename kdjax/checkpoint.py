@@ -143,7 +143,9 @@ def load_model(folder: Path, like: Variables) -> tuple[Variables, dict[str, Any]
 
 
 def _items(state: TrainState) -> tuple[Variables, dict[str, Any]]:
-    train = {"step": state.step, "opt_state": state.opt_state, "key": state.key}
+    train = {"step": state.step, "opt_state": state.opt_state, "key": state.key, "view_key": state.view_key}
+    if jax.tree.leaves(state.learned):
+        train["learned"] = state.learned
     if state.ema:
         train["params"] = state.params
     return inference_variables(state), train
@@ -152,7 +154,16 @@ def _items(state: TrainState) -> tuple[Variables, dict[str, Any]]:
 def _state(model: Variables, train: dict[str, Any]) -> TrainState:
     # With a moving average, that is the model, and the raw parameters are kept beside it.
     params, ema = (train["params"], model["params"]) if "params" in train else (model["params"], {})
-    return TrainState(train["step"], params, model["state"], train["opt_state"], train["key"], ema)
+    return TrainState(
+        step=train["step"],
+        params=params,
+        model_state=model["state"],
+        learned=train.get("learned", {"params": {}, "state": {}}),
+        opt_state=train["opt_state"],
+        key=train["key"],
+        view_key=train["view_key"],
+        ema=ema,
+    )
 
 
 @jax.jit

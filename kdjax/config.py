@@ -54,10 +54,15 @@ def default() -> ConfigDict:
         "losses": {"ce": {"weight": 1.0, "label_smoothing": 0.0}},
     }
     config.more_teachers = {}  # name -> {name, options, init, weight}
-    config.student = {"name": "cnn", "options": {"widths": (8, 16, 16), "strides": (1, 2, 2)}}
+    config.student = {
+        "name": "cnn",
+        "options": {"widths": (8, 16, 16), "strides": (1, 2, 2)},
+        "seed": 0,  # of its weights and dropout, beside the run's
+    }
     config.losses = objective.default_losses()  # every term, switched off
     config.losses.kl.update(weight=0.9, temperature=4.0)
     config.losses.ce.update(weight=0.1)
+    config.balance = "fixed"  # or uncertainty, dwa: how terms are weighed among each other beside their weights
     config.control = {"losses": {"ce": {"weight": 1.0, "label_smoothing": 0.0}}}  # of the same student alone
     # name -> {percent|epochs|steps, losses: what differs from config.losses}; run in the order of their names.
     config.stages = {}

@@ -1,7 +1,7 @@
 """From a config to its arms: everything that can be refused is refused here, before any device time is spent."""
 
-from collections.abc import Mapping
-from functools import partial
+from collections.abc import Mapping, Sequence
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,14 +11,16 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from kdjax import checkpoint, models, objective, optimizer, schedules, sharding, train
+from kdjax import checkpoint, models, objective, optimizer, schedules, sharding, state, train
 from kdjax import config as configs
 from kdjax.data import pipeline, sources
 from kdjax.data.sources import Dataset, Split
 from kdjax.errors import UserError, unknown
-from kdjax.model import Model, Variables, from_nnx
+from kdjax.model import Model, Variables, from_nnx, tap_shapes
 from kdjax.stages import Plan, make_plan
 from kdjax.step import make_train_step
+from kdjax.taps import Network
+from kdjax.terms import TERMS
 from kdjax.tasks import classification
 
 MAIN = "teacher"  # the name of the first teacher; more have the names that the config gives them
@@ -80,10 +82,25 @@ def prepare(config: ConfigDict, dataset: Dataset | None = None) -> Experiment:
     return experiment
 
 
-def make_arm(experiment: Experiment, name: str, teacher_variables: dict[str, Variables] | None = None) -> train.Arm:
+def make_arm(
+    experiment: Experiment,
+    name: str,
+    teacher_variables: dict[str, Variables] | None = None,
+    *,
+    members: Sequence[ConfigDict] = (),
+    chunk: int = 0,
+) -> train.Arm:
     """The arm of that name: a teacher (by its name), ``student_alone`` or ``student_distilled``.
 
     Both students start from the same weights and see the same batches: only the objective differs.
+
+    Args:
+      experiment: the run.
+      name: of the arm.
+      teacher_variables: the teachers' weights by name, where the arm needs them.
+      members: of a population, a config for each, which differ from the experiment's in traced numbers and in
+        ``student.seed`` alone; none for a plain run.
+      chunk: how many of them run at a time; 0 for all.
     """
     config = experiment.config
     is_student = name in STUDENTS
@@ -94,37 +111,129 @@ def make_arm(experiment: Experiment, name: str, teacher_variables: dict[str, Var
     total = schedules.steps_of("", _length(length), None, per_epoch, where=where)
     if total is None:
         raise UserError(f"{where}.epochs and {where}.steps are both 0: say how long to train.")
-    model = experiment.student if is_student else experiment.teachers[name]
-    params = jax.eval_shape(model.init, jax.random.key(0))["params"]
-    transform = optimizer.make(section, params)
-    losses = {DISTILLED: config.losses, ALONE: config.control.losses}.get(name, config.teacher.losses)
-    sections = config.stages.to_dict() if name == DISTILLED else {}
-    rate = section.to_dict()["learning_rate"]
-    plans = make_plan(sections, losses.to_dict(), rate, total, per_epoch)
+    model = model_of(experiment, name)
+    plans = [_plans(one, name, total, per_epoch) for one in members or (config,)]
     augment = config.data.augment.to_dict() | ({} if is_student else config.teacher.augment.to_dict())
+    goals = [_objective(experiment, name, plan, len(split.labels), per_epoch) for plan in plans[0]]
+    init_objective = _joined([goal.init for goal in goals])
+    learned = jax.eval_shape(init_objective, jax.random.key(0))["params"]
+    params = jax.eval_shape(model.init, jax.random.key(0))["params"]
+    transform = optimizer.make(section, state.trainable(params, learned))
+    ema = config.train.ema if is_student else 0.0
+
+    def create(keys: train.Keys) -> state.TrainState:
+        one = lambda key: state.create_state(
+            model, transform, key, keys.views, init_objective=init_objective, ema=ema > 0
+        )
+        if not members:
+            return one(keys.student)
+        made = jax.vmap(one)(keys.student)
+        return made._replace(step=made.step[0], view_key=made.view_key[0])
+
     # Teachers differ by their place among them; both students share one key.
     number = 1 if is_student else 2 + list(experiment.teachers).index(name)
-    key = jax.random.fold_in(jax.random.key(config.seed), number)
     return train.Arm(
         name=name,
-        model=model,
-        optimizer=transform,
-        stages=[_stage(experiment, model, transform, plan, per_epoch, augment) for plan in plans],
-        batches=lambda first: pipeline.train_batches(
-            split,
-            batch_size=config.data.batch_size,
-            seed=config.seed,
-            start_step=first,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
-        ),
+        create=create,
+        keys=_keys(config, number, members if is_student else ()),
+        stages=[
+            _stage(experiment, model, transform, goal, same, per_epoch, augment, ema, len(members), chunk)
+            for goal, same in zip(goals, zip(*plans, strict=True), strict=True)
+        ],
+        batches=_batches(split, config),
         batch_size=config.data.batch_size,
-        key=key,
         teacher_variables=teacher_variables or {},
-        ema=is_student and config.train.ema > 0,
         rules=config.sharding.student if is_student else config.sharding.teacher,
         teacher_rules=config.sharding.teacher,
+        members=len(members),
     )
+
+
+def model_of(experiment: Experiment, name: str) -> Model:
+    """The model that the arm of that name trains."""
+    return experiment.student if name in STUDENTS else experiment.teachers[name]
+
+
+def reseeded(experiment: Experiment, arm: train.Arm, seed: int) -> train.Arm:
+    """A student's arm with the weights, the order of examples and the views of another ``seed``, and the same compiled
+    programs; the teacher and the choice of labels stay."""
+    config = ConfigDict(experiment.config.to_dict(), type_safe=False)
+    config.seed = seed
+    assert arm.name in STUDENTS and not arm.members
+    return arm._replace(keys=_keys(config, 1, ()), batches=_batches(experiment.student_train, config))
+
+
+def _keys(config: ConfigDict, number: int, members: Sequence[ConfigDict]) -> train.Keys:
+    views = jax.random.fold_in(jax.random.key(config.seed), number)
+    if number > 1:
+        return train.Keys(views, views)
+    of_seed = lambda seed: jax.random.fold_in(views, seed) if seed else views
+    if members:
+        return train.Keys(jnp.stack([of_seed(one.student.seed) for one in members]), views)
+    return train.Keys(of_seed(config.student.seed), views)
+
+
+def _batches(split: Split, config: ConfigDict) -> Any:
+    return lambda first: pipeline.train_batches(
+        split,
+        batch_size=config.data.batch_size,
+        seed=config.seed,
+        start_step=first,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )
+
+
+def _plans(config: ConfigDict, name: str, total: int, per_epoch: float) -> list[Plan]:
+    section = config.optimizer if name in STUDENTS else config.teacher.optimizer
+    losses = {DISTILLED: config.losses, ALONE: config.control.losses}.get(name, config.teacher.losses)
+    sections = config.stages.to_dict() if name == DISTILLED else {}
+    return make_plan(sections, losses.to_dict(), section.to_dict()["learning_rate"], total, per_epoch)
+
+
+def _objective(
+    experiment: Experiment, name: str, plan: Plan, examples: int, per_epoch: float
+) -> objective.Objective:
+    config = experiment.config
+    is_student = name in STUDENTS
+    section = config.student if is_student else config.teacher
+    weights = {teacher: member(config, teacher).weight for teacher in experiment.teachers}
+    shape = (config.data.batch_size, *experiment.dataset.train.inputs.shape[1:])
+    setting = objective.Setting(
+        student=_network(model_of(experiment, name), shape, section),
+        teacher=_network(experiment.teachers[MAIN], shape, config.teacher),
+        classes=experiment.classes,
+        examples=examples,
+        epoch_steps=max(round(per_epoch), 1),
+    )
+    balance = config.balance if name == DISTILLED else "fixed"
+    goal = objective.make_objective(plan.losses, weights, config.teacher.combine, setting=setting, balance=balance)
+    on_labels = [term for term in goal.terms if TERMS[term].on_labels]
+    if on_labels and is_student and (experiment.student_train.labels < 0).all():
+        raise UserError(
+            f"losses.{on_labels[0]} needs labels and the student sees none: set its weight to 0, or raise "
+            "data.labels."
+        )
+    return goal
+
+
+def _network(model: Model, shape: tuple[int, ...], section: ConfigDict) -> Network:
+    return Network(_tap_shapes(model, shape), models.heads(section.name, section.options))
+
+
+@lru_cache(maxsize=64)
+def _tap_shapes(model: Model, shape: tuple[int, ...]) -> Mapping[str, tuple[int, ...]]:
+    return tap_shapes(model, jax.ShapeDtypeStruct(shape, jnp.float32))
+
+
+def _joined(inits: Sequence[Any]) -> Any:
+    """What all stages' objectives learn and remember; a term that several have is the first one's."""
+
+    def init(key: jax.Array) -> Variables:
+        made = [init(key) for init in reversed(inits)]
+        return {part: {name: value for one in made for name, value in one[part].items()} for part in ("params", "state")}
+
+    return init
 
 
 def load_teacher(experiment: Experiment, name: str) -> Variables | None:
@@ -193,19 +302,32 @@ def _length(section: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _stage(
-    experiment: Experiment, model: Model, transform: Any, plan: Plan, per_epoch: float, augment: dict[str, Any]
+    experiment: Experiment,
+    model: Model,
+    transform: Any,
+    goal: objective.Objective,
+    plans: Sequence[Plan],  # of each member; of a plain run: its own
+    per_epoch: float,
+    augment: dict[str, Any],
+    ema: float,
+    members: int,
+    chunk: int,
 ) -> train.Stage:
-    config = experiment.config
-    weights = {name: member(config, name).weight for name in experiment.teachers}
-    goal = objective.make_objective(plan.losses, weights, config.teacher.combine)
+    plan = plans[0]
     make = partial(schedules.make, steps_per_epoch=per_epoch)
-    length = plan.stop - plan.start
-    terms = {name: make(spec, total_steps=length, name=f"losses.{name}") for name, spec in goal.hparams.items()}
-    rate = make(plan.learning_rate, total_steps=plan.rate_stop - plan.rate_start, name="learning_rate")
+    found = []
+    for one in plans:
+        numbers = _numbers(goal.hparams, one.losses)
+        terms = {
+            name: make(spec, total_steps=one.stop - one.start, name=f"losses.{name}") for name, spec in numbers.items()
+        }
+        rate = make(one.learning_rate, total_steps=one.rate_stop - one.rate_start, name="learning_rate")
+        found.append((terms, {"learning_rate": rate}))
+    terms, rate = found[0]
 
     def hparams_at(params, step):
         values = schedules.at(terms, params, step - plan.start)
-        return values | schedules.at({"learning_rate": rate}, params, step - plan.rate_start)
+        return values | schedules.at(rate, params, step - plan.rate_start)
 
     step = make_train_step(
         model,
@@ -214,7 +336,20 @@ def _stage(
         transform,
         preprocess=classification.make_preprocess(experiment.dataset, augment),
         hparams_at=hparams_at,
-        accumulate=config.train.accumulate,
-        ema_decay=config.train.ema if model is experiment.student else 0.0,
+        accumulate=experiment.config.train.accumulate,
+        ema_decay=ema,
+        members=members,
+        chunk=chunk,
     )
-    return train.Stage(plan.start, plan.stop, step, schedules.values({**terms, "learning_rate": rate}))
+    values = [schedules.values(terms | rate) for terms, rate in found]
+    hparams = jax.tree.map(lambda *x: np.stack(x), *values) if members else values[0]
+    return train.Stage(plan.start, plan.stop, step, hparams, goal)
+
+
+def _numbers(hparams: Mapping[str, Any], losses: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """The numbers of an objective as another member of the population has them."""
+    found = dict(hparams)
+    for name in hparams:
+        term, _, option = name.partition(".")
+        found[name] = losses.get(term, {}).get(option, hparams[name])
+    return found

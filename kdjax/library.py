@@ -10,12 +10,14 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh
 
+from kdjax import objective as objectives
 from kdjax import schedules, sharding, state, train
 from kdjax.data import pipeline, sources
 from kdjax.errors import UserError
-from kdjax.model import Model, Variables, as_model, update_nnx
-from kdjax.objective import Batch, make_objective
+from kdjax.model import Model, Variables, as_model, tap_shapes, update_nnx
+from kdjax.objective import Batch
 from kdjax.step import make_predict, make_train_step
+from kdjax.taps import Network
 
 DEFAULT_LOSSES = {"kl": {"weight": 0.9, "temperature": 4.0}, "ce": {"weight": 0.1}}
 
@@ -87,7 +89,14 @@ def distill(
     model = as_model(student, example)
     classes = _common_classes(teacher_model, teacher_variables, model, example)
     sources.check_split(split or sources.Split(first["inputs"], first["labels"]), classes, "data")
-    objective = make_objective(losses or DEFAULT_LOSSES)
+    setting = objectives.Setting(
+        student=Network(tap_shapes(model, example)),
+        teacher=Network(tap_shapes(teacher_model, example)),
+        classes=classes,
+        examples=len(split.labels) if split is not None else total * batch_size,
+        epoch_steps=max(round(total / (epochs or 1)), 1),
+    )
+    objective = objectives.make_objective(losses or DEFAULT_LOSSES, setting=setting)
     optimizer = optimizer or optax.adamw(1e-3)
     per_epoch = total / (epochs or 1)
     terms = {
@@ -104,12 +113,11 @@ def distill(
     )
     arm = train.Arm(
         name="student",
-        model=model,
-        optimizer=optimizer,
+        create=lambda keys: state.create_state(model, optimizer, keys.student, init_objective=objective.init),
+        keys=train.Keys(jax.random.key(seed), jax.random.key(seed)),
         stages=[train.Stage(0, total, step, schedules.values(terms))],
         batches=lambda _: itertools.chain([first], batches),
         batch_size=batch_size,
-        key=jax.random.key(seed),
         teacher_variables={"teacher": teacher_variables} if objective.uses_teacher else {},
     )
     done = train.run(arm, mesh)

@@ -27,6 +27,9 @@ class Outputs(NamedTuple):
     taps: Mapping[str, Array] = {}  # module path, such as "blocks.3" -> that module's output
 
 
+EVERY = ("*",)  # as ``taps``: every module's output
+
+
 class Model(NamedTuple):
     """A network as two pure functions.
 
@@ -34,7 +37,8 @@ class Model(NamedTuple):
       init: ``init(key) -> variables``, where variables are ``{"params": ..., "state": ...}``, plain nested dicts of
         arrays; the state holds what is not learned by gradient, such as running batch statistics.
       apply: ``apply(variables, inputs, *, train, key=None, taps=()) -> (Outputs, new_state)``. ``key`` drives dropout
-        and is needed only where ``train`` is true; ``taps`` names modules whose outputs are wanted, by path.
+        and is needed only where ``train`` is true; ``taps`` names modules whose outputs are wanted, by path (or is
+        :data:`EVERY`).
     """
 
     init: Callable[[Array], Variables]
@@ -116,7 +120,9 @@ def from_linen(module: Any, example_inputs: Any) -> Model:
             inputs,
             rngs=None if key is None else {"dropout": key},
             mutable=[*(variables["state"] if train else ()), *(("intermediates",) if taps else ())],
-            capture_intermediates=(lambda owner, method: ".".join(owner.path) in taps) if taps else False,
+            capture_intermediates=(
+                (lambda owner, method: tuple(taps) == EVERY or ".".join(owner.path) in taps) if taps else False
+            ),
             **mode(train),
         )
         outputs = flatten_dict(updates.pop("intermediates", {}))
@@ -194,8 +200,17 @@ def _filled(template: Any, values: dict[str, Any]) -> dict[tuple, nnx.Variable]:
     return {path: variable.replace(flat[tuple(map(str, path))]) for path, variable in template}
 
 
-def _pick_taps(outputs: Mapping[tuple, Array], taps: Sequence[str]) -> dict[str, Array]:
+def tap_shapes(model: Model, inputs: Any) -> dict[str, tuple[int, ...]]:
+    """The shape of every module's output, by path, for a batch of the shape of ``inputs``; computes nothing."""
+    variables = jax.eval_shape(model.init, jax.random.key(0))
+    taps = jax.eval_shape(lambda v, x: model.apply(v, x, train=False, taps=EVERY)[0].taps, variables, inputs)
+    return {name: tuple(value.shape) for name, value in taps.items()}
+
+
+def _pick_taps(outputs: Mapping[tuple, Any], taps: Sequence[str]) -> dict[str, Array]:
     named = {".".join(map(str, path)): value for path, value in outputs.items()}
+    if tuple(taps) == EVERY:
+        return {name: value for name, value in named.items() if name and hasattr(value, "shape")}
     for tap in taps:
         if tap not in named:
             raise unknown("tap", tap, (name for name in named if name))

@@ -1,21 +1,27 @@
 """The objective: the weighted sum of named terms, each a loss over the valid examples of a batch.
 
-A term is summed over the batch and divided by the *global* number of valid examples, so neither gradient accumulation
-nor data parallelism changes what is minimised.
+A term over examples is summed over the batch and divided by the *global* number of valid examples, so neither gradient
+accumulation nor data parallelism changes what is minimised. A term over the batch (a relation between examples) is one
+number per batch; with gradient accumulation it is the mean over the parts, each of which relates its own examples.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 
-from kdjax import losses
+from kdjax import losses, weighting
 from kdjax.errors import UserError, unknown
-from kdjax.model import Array, Outputs
+from kdjax.model import Array, Outputs, Variables
+from kdjax.taps import Network, Pairs, pairs_of
+from kdjax.terms import TERMS, Sizes, Term, View
 
 Batch = Mapping[str, Array]
 Hparams = Mapping[str, Any]
+NOTHING: Variables = {"params": {}, "state": {}}
+COMBINATIONS = ("probabilities", "logits", "confidence", "routed")
 
 
 class Objective(NamedTuple):
@@ -25,117 +31,269 @@ class Objective(NamedTuple):
       hparams: the value of every number of the objective by name, such as ``"kl.temperature"``: numbers, or the
         schedules that the config gave. They are arguments of ``loss``, so a new value never recompiles.
       counts: ``counts(batch) -> {name: number of valid examples}`` for every term and metric.
-      loss: ``loss(student, teachers, batch, hparams, counts) -> (scalar, {name: sum})``. With ``batch`` a part of the
-        examples that ``counts`` counted, the scalars of all parts add up to the loss of the whole.
+      init: ``init(key) -> {"params": ..., "state": ...}``: what the objective learns beside the student (projectors,
+        weights) and what it remembers (queues, past predictions); both empty for most.
+      loss: ``loss(student, teachers, batch, hparams, counts, learned, key, ema_logits) -> (scalar, ({name: sum}, new
+        state))``. With ``batch`` a part of the examples that ``counts`` counted, the scalars of all parts add up to
+        the loss of the whole.
       uses_teacher: whether any term needs the teachers' outputs.
+      uses_ema: whether any term needs the scores of the student's moving average.
+      student_taps: the modules of the student whose outputs ``loss`` needs.
+      teacher_taps: the same of the first teacher.
+      terms: every term in use with all its options.
     """
 
     hparams: dict[str, Any]
     counts: Callable[[Batch], dict[str, Array]]
-    loss: Callable[..., tuple[Array, dict[str, Array]]]
+    init: Callable[[Array], Variables]
+    loss: Callable[..., tuple[Array, tuple[dict[str, Array], dict[str, Any]]]]
     uses_teacher: bool
+    uses_ema: bool = False
+    student_taps: tuple[str, ...] = ()
+    teacher_taps: tuple[str, ...] = ()
+    terms: Mapping[str, Mapping[str, Any]] = MappingProxyType({})
 
 
-class Term(NamedTuple):
-    """A kind of loss term: the function of one example, and the defaults of its options."""
+class Setting(NamedTuple):
+    """What an objective must know of a run to build terms that look into models or remember examples."""
 
-    loss: Callable[..., Array]  # (student_logits, teacher_logits_or_labels, **options) -> [batch]
-    options: dict[str, float]
-    on_labels: bool = False
+    student: Network = Network({})
+    teacher: Network = Network({})  # the first one
+    classes: int = 0
+    examples: int = 0  # of the student's training split
+    epoch_steps: int = 1
 
 
-_SOFT = {"temperature": 1.0}
-# Where each option makes sense. The losses see traced values, so this is the only place that can refuse one.
+class _Active(NamedTuple):
+    """A term in use: its kind, all its options, those that are no traced numbers, and the taps that it reads."""
+
+    term: Term
+    options: dict[str, Any]
+    static: dict[str, Any]
+    numbers: tuple[str, ...]
+    pairs: Pairs
+
+    @property
+    def at_start(self) -> dict[str, Any]:
+        """The options that its learned parts begin with; a schedule gives way to the default."""
+        return {k: v for k, v in self.options.items() if not isinstance(v, Mapping)} | self.static
+
+
+# Where each option makes sense, where that is not "0 or more". The losses see traced values, so this is the only place
+# that can refuse one.
 _RANGES: dict[str, tuple[str, Callable[[float], bool]]] = {
-    "weight": ("0 or more", lambda value: value >= 0),
     "temperature": ("above 0", lambda value: value > 0),
     "beta": ("between 0 and 1, without the ends", lambda value: 0 < value < 1),
     "skew": ("from 0 to less than 1", lambda value: 0 <= value < 1),
     "label_smoothing": ("from 0 to less than 1", lambda value: 0 <= value < 1),
+    "correct": ("between 0 and 1, without the ends", lambda value: 0 < value < 1),
+    "mask_ratio": ("from 0 to less than 1", lambda value: 0 <= value < 1),
+    "share": ("from 0 to 1", lambda value: 0 <= value <= 1),
 }
-TERMS: dict[str, Term] = {
-    "ce": Term(losses.cross_entropy, {"label_smoothing": 0.0}, on_labels=True),
-    "kl": Term(losses.kl, _SOFT),
-    "reverse_kl": Term(partial(losses.kl, direction="reverse"), _SOFT),
-    "js": Term(losses.jensen_shannon, _SOFT | {"beta": 0.5}),
-    "skew_kl": Term(losses.skew_kl, _SOFT | {"skew": 0.1}),
-    "skew_reverse_kl": Term(partial(losses.skew_kl, direction="reverse"), _SOFT | {"skew": 0.1}),
-    "logits_mse": Term(losses.logits_mse, {}),
-}
+_NOT_NEGATIVE = ("0 or more", lambda value: value >= 0)
 
 
-def default_losses() -> dict[str, dict[str, float]]:
+def options_of(term: Term) -> dict[str, Any]:
+    """A term's options with their defaults, those that all such terms have included."""
+    weighs_examples = term.over == "example" and term.reads in ("labels", "logits", "both", "taps")
+    return {**({"examples": "all"} if weighs_examples else {}), **term.options}
+
+
+def default_losses() -> dict[str, dict[str, Any]]:
     """Every term switched off (weight 0) with the default of each option: what a config starts from."""
-    return {name: {"weight": 0.0, **term.options} for name, term in TERMS.items()}
+    return {name: {"weight": 0.0, **options_of(term)} for name, term in TERMS.items()}
 
 
 def make_objective(
     terms: Mapping[str, Mapping[str, Any]],
     teacher_weights: Mapping[str, float] | None = None,
     combine: str = "probabilities",
+    *,
+    setting: Setting | None = None,
+    balance: str = "fixed",
 ) -> Objective:
     """Builds the objective from ``{term: {"weight": ..., option: ...}}``.
 
     Args:
-      terms: the terms by name (:data:`TERMS`); each number may be a schedule (see ``schedules``). A term with weight 0
-        is left out.
+      terms: the terms by name (``terms.TERMS``); each number may be a schedule (see ``schedules``). A term with weight
+        0 is left out.
       teacher_weights: the weight of each teacher by name; ``None`` for one teacher.
-      combine: what is averaged over several teachers, ``"probabilities"`` (at the term's temperature) or ``"logits"``.
+      combine: how several teachers' scores become one (:data:`COMBINATIONS`): the mean of their probabilities (at the
+        term's temperature) or of their logits; or probabilities weighted for each example, by how well a teacher knows
+        its label ("confidence") or by the batch's ``domain``, the number of the teacher to ask ("routed").
+      setting: of the run; needed by terms that tap, learn or remember.
+      balance: how terms are weighed among each other beside their weights (``weighting.BALANCES``).
 
     Returns:
       The objective over batches with ``labels`` [b] int32 (-1: unlabelled) and, where there is padding, ``mask`` [b].
 
     Raises:
-      UserError: an unknown term or option, or no term at all.
+      UserError: an unknown term or option, a tap that does not exist, features that a term cannot compare, or no term
+        at all.
     """
+    setting = setting or Setting()
     hparams: dict[str, Any] = {}
-    active: dict[str, Term] = {}
+    active: dict[str, _Active] = {}
     for name, options in terms.items():
         if name not in TERMS:
             raise unknown("loss term", name, TERMS)
-        for option in options:
-            if option != "weight" and option not in TERMS[name].options:
-                raise unknown(f"option of losses.{name}", option, ["weight", *TERMS[name].options])
-        values = {"weight": 1.0, **TERMS[name].options, **options}
-        if values["weight"] == 0:
+        if options.get("weight", 1.0) == 0:
             continue
-        for option, value in values.items():
-            _check_range(f"losses.{name}.{option}", option, value)
-        active[name] = TERMS[name]
-        hparams |= {f"{name}.{option}": value for option, value in values.items()}
+        active[name], numbers = _activate(name, TERMS[name], options, setting)
+        hparams |= {f"{name}.{option}": value for option, value in numbers.items()}
     if not active:
         raise UserError("the objective has no term: set the weight of at least one, for example losses.ce.weight=1.")
-    if combine not in ("probabilities", "logits"):
-        raise unknown("way to combine teachers", combine, ["probabilities", "logits"])
-    uses_teacher = any(not term.on_labels for term in active.values())
+    if combine not in COMBINATIONS:
+        raise unknown("way to combine teachers", combine, COMBINATIONS)
+    uses_teacher = any(one.term.uses_teacher or one.static.get("examples", "all") != "all" for one in active.values())
     if uses_teacher and teacher_weights and len(teacher_weights) > 1:
         hparams |= {f"teacher.{name}": float(weight) for name, weight in teacher_weights.items()}
+    weighting.init_balance(balance, list(active))  # refuses an unknown one
+    _try(active, setting)
 
     def counts(batch):
         valid = _valid(batch)
         labelled = valid * _is_labelled(batch)
-        per_term = {name: labelled if term.on_labels else valid for name, term in active.items()}
+        per_term = {name: labelled if one.term.on_labels else valid for name, one in active.items()}
         return {name: jnp.sum(weight) for name, weight in {**per_term, "accuracy": labelled}.items()}
 
+    def init(key):
+        params, state = {}, {}
+        for index, (name, one) in enumerate(active.items()):
+            own = jax.random.fold_in(key, index)
+            sizes = _sizes(one, setting)
+            made = one.term.init(own, sizes, one.at_start) if one.term.init else {}
+            if made:
+                params[name] = made
+            if one.term.memory:
+                state[name] = one.term.memory(own, sizes, one.at_start)
+        learned, memory = weighting.init_balance(balance, list(active))
+        params |= {"balance": learned} if learned else {}
+        state |= {"balance": memory} if memory else {}
+        return {"params": params, "state": state}
+
     def loss(
-        student: Outputs, teachers: Mapping[str, Outputs], batch: Batch, hparams: Hparams, counts: Mapping[str, Array]
+        student: Outputs,
+        teachers: Mapping[str, Outputs],
+        batch: Batch,
+        hparams: Hparams,
+        counts: Mapping[str, Array],
+        learned: Variables = NOTHING,
+        key: Array | None = None,
+        ema_logits: Array | None = None,
     ):
         valid = _valid(batch)
         labelled = valid * _is_labelled(batch)
-        total, sums = jnp.zeros((), jnp.float32), {}
-        for name, term in active.items():
-            options = {option: hparams[f"{name}.{option}"] for option in term.options}
-            if term.on_labels:
-                per_example = jnp.where(labelled > 0, _mixed(term.loss, student.logits, batch, options), 0.0)
+        teacher_logits = lambda temperature: _teacher_logits(teachers, batch, hparams, combine, temperature)
+        means, sums, state = {}, {}, dict(learned["state"])
+        for index, (name, one) in enumerate(active.items()):
+            view = View(
+                logits=student.logits,
+                teacher_logits=teacher_logits,
+                labels=batch["labels"],
+                batch=batch,
+                valid=valid,
+                pairs=_features(one.pairs, student, teachers),
+                learned=learned["params"].get(name, {}),
+                memory=state.get(name),
+                key=jax.random.fold_in(jax.random.key(0) if key is None else key, index),
+                ema_logits=ema_logits,
+            )
+            value = one.term.loss(view, one.static | {option: hparams[f"{name}.{option}"] for option in one.numbers})
+            if one.term.memory:
+                value, state[name] = value
+            if one.term.over == "example":
+                rows = labelled if one.term.on_labels else valid
+                value = jnp.where(rows > 0, value, 0.0)
+                kind = one.static.get("examples", "all")
+                if kind != "all":
+                    value *= weighting.of_examples(kind, student.logits, teacher_logits(1.0), batch["labels"])
+                sums[name] = jnp.sum(value)
             else:
-                teacher = _teacher_logits(teachers, hparams, combine, options.get("temperature", 1.0))
-                per_example = jnp.where(valid > 0, term.loss(student.logits, teacher, **options), 0.0)
-            sums[name] = jnp.sum(per_example)
-            total += hparams[f"{name}.weight"] * sums[name] / jnp.maximum(counts[name], 1.0)
+                sums[name] = value * jnp.sum(valid)
+            means[name] = sums[name] / jnp.maximum(counts[name], 1.0)
+        total = _balanced(means, active, hparams, balance, learned, state, setting.epoch_steps)
         sums["accuracy"] = jnp.sum(labelled * (jnp.argmax(student.logits, -1) == batch["labels"]))
-        return total, sums
+        return total, (sums, state)
 
-    return Objective(hparams, counts, loss, uses_teacher)
+    return Objective(
+        hparams,
+        counts,
+        init,
+        loss,
+        uses_teacher=uses_teacher,
+        uses_ema=any(one.term.reads == "ema" for one in active.values()),
+        student_taps=_unique(s for one in active.values() for s, _ in one.pairs.pairs),
+        teacher_taps=_unique(t for one in active.values() for _, t in one.pairs.pairs if t is not None),
+        terms={name: one.options for name, one in active.items()},
+    )
+
+
+# ------------------------------------------------------------------------------------------------------ building
+
+
+def _activate(name: str, term: Term, given: Mapping[str, Any], setting: Setting) -> tuple[_Active, dict[str, Any]]:
+    """A term with its options sorted: numbers, which are traced, and the rest; and its taps found."""
+    defaults = {"weight": 1.0, **options_of(term)}
+    for option in given:
+        if option not in defaults:
+            raise unknown(f"option of losses.{name}", option, defaults)
+    values = {**defaults, **given}
+    numbers = {option: values[option] for option, default in defaults.items() if isinstance(default, float)}
+    for option, value in numbers.items():
+        _check_range(f"losses.{name}.{option}", option, value)
+    static = {option: value for option, value in values.items() if option not in numbers}
+    if static.get("examples", "all") not in ("all", *weighting.EXAMPLE_WEIGHTS):
+        raise unknown(f"losses.{name}.examples", static["examples"], ["all", *weighting.EXAMPLE_WEIGHTS])
+    for side, network in (("student", setting.student), ("teacher", setting.teacher)):
+        if not static.get(f"{side}_heads", 1):
+            static[f"{side}_heads"] = network.heads
+    pairs = Pairs([], 0)
+    if term.taps:
+        pairs = pairs_of(name, term, static, setting.student, setting.teacher if term.reads == "taps" else None)
+    return _Active(term, values | static, static, tuple(option for option in numbers if option != "weight"), pairs), numbers
+
+
+def _sizes(one: _Active, setting: Setting) -> Sizes:
+    shape = lambda network, tap: network.taps[tap] if tap else ()
+    pairs = [(shape(setting.student, s), shape(setting.teacher, t)) for s, t in one.pairs.pairs]
+    return Sizes(pairs, one.pairs.student_layers, setting.classes, setting.examples)
+
+
+def _try(active: Mapping[str, _Active], setting: Setting) -> None:
+    """Shapes each term that reads taps once, so that features that do not fit are refused before any device time."""
+    for name, one in active.items():
+        if not one.pairs.pairs:
+            continue
+        sizes = _sizes(one, setting)
+        batch = (sizes.pairs[0][0] or (1,))[0]
+        scores, rows = jnp.zeros((batch, max(setting.classes, 2))), jnp.zeros(batch)
+
+        def value(key, one=one, sizes=sizes, scores=scores, rows=rows):
+            blank = lambda shape: jnp.zeros(shape) if shape else None
+            view = View(
+                logits=scores,
+                teacher_logits=lambda temperature: scores,
+                labels=rows.astype(jnp.int32),
+                batch={"id": rows.astype(jnp.int32)},
+                valid=rows,
+                pairs=[(blank(s), blank(t)) for s, t in sizes.pairs],
+                learned=one.term.init(key, sizes, one.at_start) if one.term.init else {},
+                memory=one.term.memory(key, sizes, one.at_start) if one.term.memory else None,
+                key=key,
+                ema_logits=None,
+            )
+            return one.term.loss(view, one.static | dict.fromkeys(one.numbers, 0.5))
+
+        try:
+            jax.eval_shape(value, jax.random.key(0))
+        except UserError as error:
+            joined = ", ".join(f"{s} {list(a)} and {t} {list(b)}" for (s, t), (a, b) in zip(one.pairs.pairs, sizes.pairs, strict=True))
+            raise UserError(f"losses.{name} cannot compare {joined}: {error}") from error
+
+
+def _unique(names: Any) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(names))
 
 
 def _check_range(path: str, option: str, spec: Any) -> None:
@@ -147,31 +305,52 @@ def _check_range(path: str, option: str, spec: Any) -> None:
             numbers.append(spec.get("end", 0.0))
         if any(key.startswith("warmup_") and key != "warmup_init" for key in spec):
             numbers.append(spec.get("warmup_init", 0.0))
-    allowed, holds = _RANGES[option]
+    allowed, holds = _RANGES.get(option, _NOT_NEGATIVE)
     for number in numbers:
         if isinstance(number, int | float) and not holds(number):
             raise UserError(f"{path} is {number} and should be {allowed} (at every step, where it is a schedule).")
 
 
+# ------------------------------------------------------------------------------------------------------ evaluating
+
+
+def _balanced(means, active, hparams, balance, learned, state, epoch_steps) -> Array:
+    """The sum of the terms by their weights, and by what the balance makes of them; renews the balance's memory."""
+    weighted = {name: hparams[f"{name}.weight"] * mean for name, mean in means.items()}
+    if balance == "uncertainty":
+        return weighting.uncertainty(weighted, learned["params"]["balance"])
+    if balance == "dwa":
+        weights = weighting.dwa_weights(state["balance"])
+        state["balance"] = weighting.dwa_remember(state["balance"], means, epoch_steps)
+        weighted = {name: weights[name] * value for name, value in weighted.items()}
+    return sum(weighted.values(), jnp.zeros((), jnp.float32))
+
+
+def _features(pairs: Pairs, student: Outputs, teachers: Mapping[str, Outputs]) -> list[tuple[Any, Any]]:
+    taught = next(iter(teachers.values())).taps if teachers else {}
+    return [(student.taps[s], taught[t] if t else None) for s, t in pairs.pairs]
+
+
 def combine_teachers(logits: Sequence[Array], weights: Sequence[Any], how: str, temperature: Any = 1.0) -> Array:
-    """Several teachers' logits as one, by weights that need not sum to 1; see ``losses.combine_logits``."""
+    """Several teachers' logits as one, by weights that need not sum to 1; see ``losses.combine_logits``.
+
+    A weight is a number or [b], one for each example."""
     shares = jnp.stack([jnp.asarray(weight, jnp.float32) for weight in weights])
     return losses.combine_logits(logits, shares, how=how, temperature=temperature)
 
 
-def _teacher_logits(teachers: Mapping[str, Outputs], hparams: Hparams, how: str, temperature: Any) -> Array:
+def _teacher_logits(
+    teachers: Mapping[str, Outputs], batch: Batch, hparams: Hparams, how: str, temperature: Any
+) -> Array:
     logits = [outputs.logits for outputs in teachers.values()]
     if len(logits) == 1:
         return logits[0]
-    return combine_teachers(logits, [hparams[f"teacher.{name}"] for name in teachers], how, temperature)
-
-
-def _mixed(loss: Callable[..., Array], logits: Array, batch: Batch, options: Mapping[str, Any]) -> Array:
-    """A label loss where mixup or cutmix may have blended two labels: the same blend of the two losses."""
-    first = loss(logits, batch["labels"], **options)
-    if "mix" not in batch:
-        return first
-    return batch["mix"] * first + (1.0 - batch["mix"]) * loss(logits, batch["mixed_labels"], **options)
+    weights = jnp.stack([jnp.asarray(hparams[f"teacher.{name}"], jnp.float32) for name in teachers])
+    if how == "confidence":
+        weights = weights[:, None] * weighting.teacher_shares(logits, batch["labels"])
+    if how == "routed":
+        weights = weighting.routed_shares(len(logits), batch["domain"])
+    return combine_teachers(logits, list(weights), "logits" if how == "logits" else "probabilities", temperature)
 
 
 def _valid(batch: Batch) -> Array:

@@ -92,17 +92,8 @@ def page(run: Run) -> str:
         ("Schedules as run", _schedules),
         ("Environment and config", _details),
     ]
-    bodies = [(title, section(run)) for title, section in sections]
-    content = "".join(f"<section><h2>{title}</h2>{body}</section>" for title, body in bodies if body)
     title = f"kdjax report: {run.config.get('data', {}).get('name', 'distillation')}"
-    policy = "default-src 'none'; style-src 'unsafe-inline'"
-    return (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
-        f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f'<meta name="color-scheme" content="light dark"><title>{escape(title)}</title><style>{ui.CSS}</style></head>'
-        f"<body><main>{_header(run)}{content}</main></body></html>\n"
-    )
+    return ui.document(title, _header(run), [(heading, section(run)) for heading, section in sections])
 
 
 # -------------------------------------------------------------------------------------------------------- sections
@@ -305,15 +296,11 @@ def _schedules(run: Run) -> str:
 
 
 def _details(run: Run) -> str:
-    environment = {**run.results["environment"]}
-    packages = environment.pop("packages")
-    flat = {**environment, **packages}
-    body = [[escape(key), escape("none" if value is None else str(value))] for key, value in flat.items()]
     sums = [[ui.arm_label(name), f"<code>{arm['params_sha256']}</code>"] for name, arm in run.results["arms"].items()]
     config = json.dumps(run.config, indent=2, default=str, ensure_ascii=False)
     digest = f"<p>SHA-256 <code>{escape(run.results['config_sha256'])}</code></p>"
     return (
-        ui.fold("Environment", ui.table(["", ""], body, texts=2))
+        ui.environment(run.results["environment"])
         + ui.fold("Digests of the parameters", ui.table(["", "SHA-256"], sums, texts=2))
         + ui.fold("Config", f"{digest}<pre>{escape(config)}</pre>")
     )

@@ -6,6 +6,7 @@ Arguments named ``title``, ``label`` or ``text`` are escaped here; cells and con
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from html import escape
+from typing import Any
 
 from kdjax.results import ARMS
 
@@ -109,6 +110,25 @@ code { font: 12.5px ui-monospace, "SF Mono", Menlo, Consolas, monospace; overflo
   h2, figcaption { break-after: avoid; } tr, .card { break-inside: avoid; }
 }
 """
+
+
+def document(title: str, header: str, sections: Iterable[tuple[str, str]], css: str = "") -> str:
+    """A whole page: the header, then each section (heading, content) that is not empty. It can fetch nothing."""
+    parts = "".join(f"<section><h2>{heading}</h2>{content}</section>" for heading, content in sections if content)
+    return (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">"
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f'<meta name="color-scheme" content="light dark"><title>{escape(title)}</title><style>{CSS}{css}</style></head>'
+        f"<body><main>{header}{parts}</main></body></html>\n"
+    )
+
+
+def environment(values: Mapping[str, Any]) -> str:
+    """What ``results.environment`` returned, and whatever stands beside it, as a table that unfolds."""
+    flat = {**{key: value for key, value in values.items() if key != "packages"}, **values["packages"]}
+    body = [[escape(key), escape("none" if value is None else str(value))] for key, value in flat.items()]
+    return fold("Environment", table(["", ""], body, texts=2))
 
 
 def figure(title: str, content: str, legend: Iterable[str] = ()) -> str:

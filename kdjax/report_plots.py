@@ -16,23 +16,23 @@ import numpy as np
 from kdjax.metrics import Reliability
 
 COLORS = ("ink", "muted", "rule", "teacher", "student_alone", "student_distilled", "bad", "s1", "s2", "s3", "s4", "s5")
-_HEX = {name: f"#{i:02x}{i:02x}f{i:x}" for i, name in enumerate(COLORS, start=1)}  # placeholder -> var(--name)
+HEX = {name: f"#{i:02x}{i:02x}f{i:x}" for i, name in enumerate(COLORS, start=1)}  # placeholder -> var(--name)
 _STYLE: Any = {
     "svg.fonttype": "none",
     "font.family": "DejaVu Sans",  # ships with matplotlib: the layout is the same everywhere
     "font.size": 8.5,
-    "text.color": _HEX["ink"],
+    "text.color": HEX["ink"],
     "text.parse_math": False,  # a class may be called "$5"
-    "axes.edgecolor": _HEX["rule"],
-    "axes.labelcolor": _HEX["muted"],
+    "axes.edgecolor": HEX["rule"],
+    "axes.labelcolor": HEX["muted"],
     "axes.grid": True,
     "axes.axisbelow": True,
     "axes.spines.top": False,
     "axes.spines.right": False,
-    "grid.color": _HEX["rule"],
+    "grid.color": HEX["rule"],
     "grid.linewidth": 0.6,
-    "xtick.color": _HEX["muted"],
-    "ytick.color": _HEX["muted"],
+    "xtick.color": HEX["muted"],
+    "ytick.color": HEX["muted"],
     "xtick.major.size": 0,
     "ytick.major.size": 0,
     "xtick.minor.size": 0,
@@ -60,7 +60,7 @@ def lines(
         for label, color, steps, values in curves:
             x, y = _thin(np.asarray(steps, float), np.asarray(values, float) * (100 if percent else 1))
             marker = "o" if len(x) <= 30 else None
-            axes.plot(x, y, color=_HEX[color], label=label, marker=marker, markersize=2.6)
+            axes.plot(x, y, color=HEX[color], label=label, marker=marker, markersize=2.6)
         drawn = np.concatenate([np.asarray(values, float) for *_, values in curves])
         if log and np.nanmin(drawn) > 0:
             axes.set_yscale("log")
@@ -73,9 +73,9 @@ def lines(
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}" if value < 10_000 else f"{value / 1000:g}k")
         if percent:
             axes.yaxis.set_major_formatter(lambda value, _: f"{value:g} %")
-        axes.legend(loc="best", fontsize=7.5, labelcolor=_HEX["ink"], handlelength=1.2)
+        axes.legend(loc="best", fontsize=7.5, labelcolor=HEX["ink"], handlelength=1.2)
 
-    return _svg(4.5, 2.9, title, draw)
+    return draw_svg(4.5, 2.9, title, draw)
 
 
 def dots(names: Sequence[str], values: Mapping[str, Any], *, title: str) -> str:
@@ -84,18 +84,18 @@ def dots(names: Sequence[str], values: Mapping[str, Any], *, title: str) -> str:
     def draw(axes: Any) -> None:
         rows = np.arange(len(names))
         table = 100 * np.array([np.asarray(v, float) for v in values.values()])
-        axes.hlines(rows, table.min(0), table.max(0), color=_HEX["rule"], linewidth=2.5)
+        axes.hlines(rows, table.min(0), table.max(0), color=HEX["rule"], linewidth=2.5)
         shifts = 0.13 * (np.arange(len(values)) - (len(values) - 1) / 2)  # equal values stay visible
         for arm, x, shift in zip(values, table, shifts, strict=True):
-            axes.scatter(x, rows + shift, s=26, color=_HEX[arm], zorder=2, linewidths=0)
-        axes.set_yticks(rows, [_short(name) for name in names], color=_HEX["ink"])
+            axes.scatter(x, rows + shift, s=26, color=HEX[arm], zorder=2, linewidths=0)
+        axes.set_yticks(rows, [short(name) for name in names], color=HEX["ink"])
         axes.set_ylim(len(names) - 0.4, -0.6)
         axes.grid(axis="y", visible=False)
         axes.spines["left"].set_visible(False)
         axes.locator_params(axis="x", nbins=5)
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:g} %")
 
-    return _svg(4.5, 0.75 + 0.235 * len(names), title, draw)
+    return draw_svg(4.5, 0.75 + 0.235 * len(names), title, draw)
 
 
 def confusion(counts_cc: np.ndarray, names: Sequence[str], *, title: str, signed: bool = False) -> str:
@@ -110,12 +110,12 @@ def confusion(counts_cc: np.ndarray, names: Sequence[str], *, title: str, signed
         scale = np.abs(counts_cc).max() if signed else counts_cc.sum(1, keepdims=True)
         alpha = np.sqrt(np.abs(counts_cc) / np.maximum(scale, 1))  # the root keeps single errors visible
         for row, column in zip(*np.nonzero(counts_cc), strict=True):
-            color = _HEX["student_distilled" if right[row, column] else "bad"]
+            color = HEX["student_distilled" if right[row, column] else "bad"]
             axes.bar(column, 0.92, bottom=row - 0.46, width=0.92, color=color, alpha=0.85 * alpha[row, column])
             if classes <= 15:
                 text = f"{counts_cc[row, column]:{'+d' if signed else 'd'}}".replace("-", "−")
-                axes.text(column, row, text, ha="center", va="center", fontsize=7, color=_HEX["ink"])
-        shown = [_short(name, 12) for name in names]
+                axes.text(column, row, text, ha="center", va="center", fontsize=7, color=HEX["ink"])
+        shown = [short(name, 12) for name in names]
         axes.set_xticks(range(classes), shown, rotation=90 if max(map(len, shown)) > 2 else 0, fontsize=7)
         axes.set_yticks(range(classes), shown, fontsize=7)
         axes.set(xlim=(-0.5, classes - 0.5), ylim=(classes - 0.5, -0.5), aspect="equal")
@@ -124,7 +124,7 @@ def confusion(counts_cc: np.ndarray, names: Sequence[str], *, title: str, signed
         axes.grid(visible=False)
         axes.spines[:].set_visible(False)
 
-    return _svg(4.4, 4.3, title, draw)
+    return draw_svg(4.4, 4.3, title, draw)
 
 
 def reliability(parts: Reliability, color: str, *, title: str) -> str:
@@ -139,18 +139,18 @@ def reliability(parts: Reliability, color: str, *, title: str) -> str:
             center[full], parts.accuracy[full], parts.confidence[full], share[full], strict=True
         ):
             strength = 0.25 + 0.75 * min(1.0, 4 * weight)  # a bin of one example should not shout
-            axes.bar(x, accuracy, width=0.92 / bins, color=_HEX[color], alpha=strength)
+            axes.bar(x, accuracy, width=0.92 / bins, color=HEX[color], alpha=strength)
             bottom, height = min(accuracy, confidence), abs(accuracy - confidence)
-            axes.bar(x, height, bottom=bottom, width=0.92 / bins, color=_HEX["bad"], alpha=0.35)
-        axes.plot([0, 1], [0, 1], color=_HEX["muted"], linewidth=0.9, linestyle=(0, (4, 3)))
+            axes.bar(x, height, bottom=bottom, width=0.92 / bins, color=HEX["bad"], alpha=0.35)
+        axes.plot([0, 1], [0, 1], color=HEX["muted"], linewidth=0.9, linestyle=(0, (4, 3)))
         axes.set(xlim=(0, 1), ylim=(0, 1.02), xlabel="confidence", ylabel="accuracy")
         axes.set_xticks([0, 0.25, 0.5, 0.75, 1])
         axes.set_yticks([0, 0.25, 0.5, 0.75, 1])
 
-    return _svg(3.5, 3.0, title, draw)
+    return draw_svg(3.5, 3.0, title, draw)
 
 
-def _svg(width: float, height: float, title: str, draw: Callable[[Any], None]) -> str:
+def draw_svg(width: float, height: float, title: str, draw: Callable[[Any], None]) -> str:
     """Runs ``draw`` on new axes of so many inches; the SVG scales to the width of its place on the page."""
     import matplotlib  # 0.9 s to import: only where a report is written
     from matplotlib.figure import Figure
@@ -166,7 +166,7 @@ def _svg(width: float, height: float, title: str, draw: Callable[[Any], None]) -
         figure.savefig(buffer, format="svg", metadata={"Date": None})
     svg = buffer.getvalue()
     svg = re.sub(r"<metadata>.*?</metadata>|<style[^>]*>.*?</style>", "", svg[svg.index("<svg") :], flags=re.DOTALL)
-    for name, color in _HEX.items():
+    for name, color in HEX.items():
         svg = svg.replace(color, f"var(--{name})")
     svg = svg.replace("'DejaVu Sans'", "system-ui")
     view = re.search(r'viewBox="[^"]*"', svg)
@@ -183,5 +183,6 @@ def _thin(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return np.array([x[g].mean() for g in groups]), np.array([y[g].mean() for g in groups])
 
 
-def _short(name: str, length: int = 18) -> str:
+def short(name: str, length: int = 18) -> str:
+    """A name of at most ``length`` characters."""
     return name if len(name) <= length else name[: length - 1] + "…"

@@ -114,17 +114,17 @@ def load(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 def validate(results: Any) -> None:
     """Raises a UserError that names the first key of ``results`` that breaks the contract."""
-    _keys("results", results, {"schema", "config_sha256", "seed", "environment", "arms"})
+    check_keys("results", results, {"schema", "config_sha256", "seed", "environment", "arms"})
     if results["schema"] != SCHEMA:
         raise UserError(
             f"results.schema is {results['schema']!r}, this kdjax reads {SCHEMA}: use the kdjax that wrote it."
         )
-    _sha256("results.config_sha256", results["config_sha256"])
-    _number("results.seed", results["seed"], whole=True)
-    _environment("results.environment", results["environment"])
+    check_sha256("results.config_sha256", results["config_sha256"])
+    check_number("results.seed", results["seed"], whole=True)
+    check_environment("results.environment", results["environment"])
     arms = results["arms"]
     if not isinstance(arms, dict) or not arms:
-        raise _wrong("results.arms", "an object with at least one arm", arms)
+        raise wrong("results.arms", "an object with at least one arm", arms)
     for name, arm in arms.items():
         if name not in ARMS:
             raise unknown("arm in results.arms", name, ARMS)
@@ -250,14 +250,16 @@ def _share(part: int, whole: int) -> str:
 # --------------------------------------------------------------------------------------------------- the contract
 
 
-def _wrong(path: str, expected: str, value: Any) -> UserError:
+def wrong(path: str, expected: str, value: Any) -> UserError:
+    """The error for a value that breaks the contract."""
     shown = repr(value)
     return UserError(f"{path} must be {expected}, got {shown if len(shown) < 80 else shown[:77] + '...'}.")
 
 
-def _keys(path: str, value: Any, keys: set[str], open_ended: bool = False) -> None:
+def check_keys(path: str, value: Any, keys: set[str], open_ended: bool = False) -> None:
+    """An object with all of ``keys`` and, unless it is open-ended, no other."""
     if not isinstance(value, dict):
-        raise _wrong(path, "an object", value)
+        raise wrong(path, "an object", value)
     for key in sorted(keys - set(value)):
         raise UserError(f"{path}.{key} is missing: results follow schema {SCHEMA} (docs/results-format.md).")
     for key in value:
@@ -265,30 +267,32 @@ def _keys(path: str, value: Any, keys: set[str], open_ended: bool = False) -> No
             raise unknown(f"key in {path}", key, keys)
 
 
-def _number(path: str, value: Any, high: float = math.inf, *, whole: bool = False) -> None:
+def check_number(path: str, value: Any, high: float = math.inf, *, whole: bool = False) -> None:
     """A finite number from 0 to ``high``; bool, which Python counts as an int, is not a number here."""
     kinds = (int,) if whole else (int, float)
     if isinstance(value, bool) or not isinstance(value, kinds) or not (0 <= value <= high and math.isfinite(value)):
         limit = "of at least 0" if high == math.inf else f"in [0, {high:g}]"
-        raise _wrong(path, f"a {'whole' if whole else 'finite'} number {limit}", value)
+        raise wrong(path, f"a {'whole' if whole else 'finite'} number {limit}", value)
 
 
-def _sha256(path: str, value: Any) -> None:
+def check_sha256(path: str, value: Any) -> None:
+    """A digest in lower-case hex."""
     if not isinstance(value, str) or len(value) != 64 or set(value) - set("0123456789abcdef"):
-        raise _wrong(path, "a SHA-256 digest of 64 lower-case hex digits", value)
+        raise wrong(path, "a SHA-256 digest of 64 lower-case hex digits", value)
 
 
-def _environment(path: str, value: Any) -> None:
+def check_environment(path: str, value: Any) -> None:
+    """What ``environment`` returned, here or with another version of kdjax."""
     texts = {"python", "platform", "cpu", "backend", "device_kind", "date"}
     counts = {"cpu_count", "device_count", "process_count"}
-    _keys(path, value, texts | counts | {"packages", "commit"}, open_ended=True)
+    check_keys(path, value, texts | counts | {"packages", "commit"}, open_ended=True)
     for key in sorted(texts):
         if not isinstance(value[key], str):
-            raise _wrong(f"{path}.{key}", "a string", value[key])
+            raise wrong(f"{path}.{key}", "a string", value[key])
     for key in sorted(counts):
-        _number(f"{path}.{key}", value[key], whole=True)
+        check_number(f"{path}.{key}", value[key], whole=True)
     if not isinstance(value["packages"], dict):
-        raise _wrong(f"{path}.packages", "an object of versions", value["packages"])
+        raise wrong(f"{path}.packages", "an object of versions", value["packages"])
 
 
 def _arm(path: str, arm: Any) -> None:
@@ -298,17 +302,17 @@ def _arm(path: str, arm: Any) -> None:
         "latency_ms": ("p50", "p99"),
     }
     counts = ("params", "weights_bytes", "steps")
-    _keys(path, arm, {*counts, "examples_per_s", "params_sha256", *parts})
+    check_keys(path, arm, {*counts, "examples_per_s", "params_sha256", *parts})
     for key in counts:
-        _number(f"{path}.{key}", arm[key], whole=True)
+        check_number(f"{path}.{key}", arm[key], whole=True)
     if arm["examples_per_s"] is not None:
-        _number(f"{path}.examples_per_s", arm["examples_per_s"])
+        check_number(f"{path}.examples_per_s", arm["examples_per_s"])
     for part, keys in parts.items():
-        _keys(f"{path}.{part}", arm[part], set(keys))
+        check_keys(f"{path}.{part}", arm[part], set(keys))
         for key in keys:
             high = 1.0 if key in ("accuracy", "macro_f1", "ece", "agreement") else math.inf
-            _number(f"{path}.{part}.{key}", arm[part][key], high)
-    _sha256(f"{path}.params_sha256", arm["params_sha256"])
+            check_number(f"{path}.{part}.{key}", arm[part][key], high)
+    check_sha256(f"{path}.params_sha256", arm["params_sha256"])
 
 
 def _version(package: str) -> str | None:

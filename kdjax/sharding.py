@@ -14,6 +14,7 @@ from kdjax.model import path_name
 
 Rules = Sequence[tuple[str, str]]
 TACTICS = ("replicate", "fsdp")
+MEMBERS = "members"  # the mesh axis over which a population is split
 _SMALLEST_SHARDED = 2**14  # elements; a smaller array costs more to gather than to keep
 
 
@@ -44,8 +45,8 @@ def make_mesh(axes: Mapping[str, int]) -> Mesh:
 
 
 def over_batch(mesh: Mesh) -> NamedSharding:
-    """Splits the leading dimension over every axis of the mesh."""
-    return NamedSharding(mesh, PartitionSpec(mesh.axis_names))
+    """Splits the leading dimension over every axis of the mesh, but that of a population."""
+    return NamedSharding(mesh, PartitionSpec(tuple(name for name in mesh.axis_names if name != MEMBERS)))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -53,12 +54,13 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def by_rules(tree: Any, mesh: Mesh, rules: Rules) -> Any:
+def by_rules(tree: Any, mesh: Mesh, rules: Rules, *, members: int = 0) -> Any:
     """The sharding of every leaf of a tree of arrays or shapes: the tactic of the first rule whose regex is found in
     its path.
 
     ``"replicate"`` keeps a copy on each device; ``"fsdp"`` splits the largest dimension that the ``fsdp`` axis
-    divides. An optimiser's moments carry the path of their parameter, so they follow it.
+    divides. An optimiser's moments carry the path of their parameter, so they follow it. In a population of ``members``
+    the leading dimension is split over the axis ``members`` instead, where the mesh has one, and the rules see the rest.
 
     Raises:
       UserError: an unknown tactic, or a parameter that no rule speaks of.
@@ -71,7 +73,9 @@ def by_rules(tree: Any, mesh: Mesh, rules: Rules) -> Any:
         name = path_name(path)
         for pattern, tactic in rules:
             if re.search(pattern, name):
-                return NamedSharding(mesh, _fsdp(leaf.shape, mesh) if tactic == "fsdp" else PartitionSpec())
+                lead = (MEMBERS if MEMBERS in mesh.shape else None,) if members and leaf.ndim else ()
+                spec = _fsdp(leaf.shape[len(lead) :], mesh) if tactic == "fsdp" else PartitionSpec()
+                return NamedSharding(mesh, PartitionSpec(*lead, *spec))
         raise UserError(f'no sharding rule speaks of {name}: end the rules with (".*", "replicate").')
 
     return jax.tree_util.tree_map_with_path(choose, tree)
@@ -85,10 +89,11 @@ def put_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Arra
 
 def check_batch(batch_size: int, mesh: Mesh, accumulate: int = 1, what: str = "data.batch_size") -> None:
     """Raises a UserError where the mesh, times the parts of gradient accumulation, does not divide the global batch."""
-    if batch_size < 1 or batch_size % (mesh.size * accumulate):
+    ways = mesh.size // mesh.shape.get(MEMBERS, 1)
+    if batch_size < 1 or batch_size % (ways * accumulate):
         parts = f" times train.accumulate={accumulate}" if accumulate > 1 else ""
-        near = max(round(batch_size / (mesh.size * accumulate)), 1) * mesh.size * accumulate
-        raise UserError(f"{what}={batch_size} is not divisible by the mesh's {mesh.size} devices{parts}: try {near}.")
+        near = max(round(batch_size / (ways * accumulate)), 1) * ways * accumulate
+        raise UserError(f"{what}={batch_size} is not divisible by the mesh's {ways} devices{parts}: try {near}.")
 
 
 def _fsdp(shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:

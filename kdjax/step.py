@@ -1,4 +1,4 @@
-"""The step: the teachers' forward pass and the student's update, as one pure function for the caller to jit."""
+"""The step: the teachers' forward pass and the students' update, as one pure function for the caller to jit."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -7,9 +7,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from kdjax.errors import UserError
 from kdjax.model import Array, Model, Outputs, Variables
 from kdjax.objective import Batch, Hparams, Objective
-from kdjax.state import TrainState
+from kdjax.state import TrainState, parted, trainable
 
 HPARAMS = "hparams/"  # what the names of hyperparameters among the metrics begin with
 Metrics = dict[str, tuple[Array, Array]]
@@ -26,6 +27,8 @@ def make_train_step(
     hparams_at: Callable[[Hparams, Array], Hparams] | None = None,
     accumulate: int = 1,
     ema_decay: float = 0.0,
+    members: int = 0,
+    chunk: int = 0,
 ) -> Step:
     """Makes ``step(state, teacher_variables, batch, hparams) -> (state, metrics)``.
 
@@ -43,84 +46,132 @@ def make_train_step(
         same at every step: randomness is keyed by epoch and example id.
       hparams_at: ``hparams_at(hparams, step) -> values``, where hparams hold the parameters of schedules.
       accumulate: in how many parts the batch is walked over; the result is that of one part up to rounding (batch
-        normalisation excepted, which sees the parts).
+        normalisation and relations between examples excepted, which see the parts).
       ema_decay: the decay of the parameters' moving average; 0 for none.
+      members: how many students learn side by side from one forward pass of the teachers; 0 for a plain run. Their
+        states and hparams then have a leading dimension of that size.
+      chunk: how many members run at a time, a divisor of ``members``: all of them are one ``vmap``, fewer are a loop
+        over smaller ones. 0 for all.
 
     Returns:
-      The step. Metrics are float32 (sum, count) pairs: ``loss``, each term, ``accuracy`` (on labelled examples),
-      ``grad_norm``, and each hyperparameter as used, under ``hparams/NAME``.
+      The step. Metrics are float32 (sum, count) pairs, with a leading dimension in a population: ``loss``, each term,
+      ``accuracy`` (on labelled examples), ``grad_norm``, and each hyperparameter as used, under ``hparams/NAME``.
     """
     optimizer = optax.with_extra_args_support(optimizer)
     if not objective.uses_teacher:
         teachers = {}
+    if objective.uses_ema and not ema_decay:
+        raise UserError("losses.ema_kl follows the student's moving average and there is none: set train.ema, as 0.99.")
+    every_member = _over_members(members, chunk)
 
-    def grads_of(params, model_state, teacher_variables, batch, key, values, counts):
-        taught = {name: _frozen_outputs(model, teacher_variables[name], batch) for name, model in teachers.items()}
+    def grads_of(state, taught, batch, key, values, counts):
+        """The gradients of one student: ``(grads, (model_state, objective_state, sums))``."""
 
-        def loss(params):
-            variables = {"params": params, "state": model_state}
-            outputs, new_state = student.apply(variables, batch["inputs"], train=True, key=key)
-            total, sums = objective.loss(outputs, taught, batch, values, counts)
-            return total, (new_state, sums)
+        def loss(everything):
+            params, learned = parted(everything, state.learned["params"])
+            variables = {"params": params, "state": state.model_state}
+            outputs, new_state = student.apply(
+                variables, batch["inputs"], train=True, key=key, taps=objective.student_taps
+            )
+            past = None
+            if objective.uses_ema:
+                average = {"params": state.ema, "state": state.model_state}
+                past = student.apply(average, batch["inputs"], train=False)[0].logits
+            whole = {"params": learned, "state": state.learned["state"]}
+            total, (sums, remembered) = objective.loss(outputs, taught, batch, values, counts, whole, key, past)
+            return total, (new_state, remembered, {"loss": total, **sums})
 
-        (total, (new_state, sums)), grads = jax.value_and_grad(loss, has_aux=True)(params)
-        return grads, new_state, {"loss": total, **sums}
+        everything = trainable(state.params, state.learned["params"])
+        (_, found), grads = jax.value_and_grad(loss, has_aux=True)(everything)
+        return grads, found
+
+    def update(state, grads, found, values):
+        """One student's next state (but for its step and view key, which all share) and metrics."""
+        model_state, remembered, sums = found
+        everything = trainable(state.params, state.learned["params"])
+        rate = values.get("learning_rate")
+        updates, opt_state = optimizer.update(grads, state.opt_state, everything, learning_rate=rate)
+        params, learned = parted(optax.apply_updates(everything, updates), state.learned["params"])
+        new = state._replace(
+            params=params,
+            model_state=model_state,
+            learned={"params": learned, "state": remembered},
+            opt_state=opt_state,
+            ema=optax.incremental_update(params, state.ema, 1.0 - ema_decay) if ema_decay else state.ema,
+        )
+        return new, sums | {"grad_norm": optax.tree.norm(grads)}
+
+    def taught_by(teacher_variables, batch):
+        outputs = {}
+        for number, (name, model) in enumerate(teachers.items()):
+            taps = () if number else objective.teacher_taps  # features come from the first teacher
+            outputs[name] = model.apply(teacher_variables[name], batch["inputs"], train=False, taps=taps)[0]
+        return jax.lax.stop_gradient(outputs)
 
     def step(state, teacher_variables, batch, hparams):
-        values = hparams_at(hparams, state.step) if hparams_at else hparams
         if preprocess:
-            batch = preprocess(batch, state.key)
+            batch = preprocess(batch, state.view_key)
         counts = objective.counts(batch)
-        key = jax.random.fold_in(state.key, state.step)
-        if accumulate == 1:
-            grads, model_state, sums = grads_of(
-                state.params, state.model_state, teacher_variables, batch, key, values, counts
-            )
-        else:
-            grads, model_state, sums = _accumulated(
-                grads_of, accumulate, state, teacher_variables, batch, key, values, counts
-            )
-        updates, opt_state = optimizer.update(
-            grads, state.opt_state, state.params, learning_rate=values.get("learning_rate")
-        )
-        params = optax.apply_updates(state.params, updates)
-        ema = optax.incremental_update(params, state.ema, 1.0 - ema_decay) if ema_decay else state.ema
-        new_state = TrainState(state.step + 1, params, model_state, opt_state, state.key, ema)
+        shared = (state.step, state.view_key)
+        state = state._replace(step=None, view_key=None)  # what is left has the members' dimension
+        per_member = every_member(lambda hparams: hparams_at(hparams, shared[0]) if hparams_at else hparams)
+        values = per_member(hparams)
 
-        one = jnp.ones((), jnp.float32)
-        metrics = {name: (total, counts.get(name, one)) for name, total in sums.items()}
-        metrics["grad_norm"] = (optax.tree.norm(grads), one)
+        def part(state, batch, number):
+            """All students' gradients on a part of the batch, of which the teachers run once."""
+            taught: dict[str, Outputs] = taught_by(teacher_variables, batch)
+
+            def one(state, values):
+                key = jax.random.fold_in(state.key, shared[0])
+                key = key if accumulate == 1 else jax.random.fold_in(key, number)
+                return grads_of(state, taught, batch, key, values, counts)
+
+            return every_member(one)(state, values)
+
+        grads, found = part(state, batch, 0) if accumulate == 1 else _accumulated(part, accumulate, state, batch)
+        state, sums = every_member(update)(state, grads, found, values)
+        state = state._replace(step=shared[0] + 1, view_key=shared[1])
+
+        wide = lambda count: jnp.broadcast_to(count, (members,)) if members else count
+        one = wide(jnp.ones((), jnp.float32))
+        metrics = {name: (total, wide(counts[name]) if name in counts else one) for name, total in sums.items()}
         metrics |= {f"{HPARAMS}{name}": (jnp.asarray(value, jnp.float32), one) for name, value in values.items()}
-        return new_state, metrics
+        return state, metrics
 
     return step
 
 
-def _frozen_outputs(teacher: Model, variables: Variables, batch: Batch) -> Outputs:
-    outputs, _ = teacher.apply(variables, batch["inputs"], train=False)
-    return jax.lax.stop_gradient(outputs)
+def _over_members(members: int, chunk: int) -> Callable[[Callable], Callable]:
+    """What maps a function of one student over a population: nothing, ``vmap``, or a loop over chunks of it."""
+    if not members:
+        return lambda function: function
+    if chunk in (0, members):
+        return jax.vmap
+    return lambda function: lambda *arguments: jax.lax.map(
+        lambda member: function(*member), arguments, batch_size=chunk if chunk > 1 else None
+    )
 
 
-def _accumulated(grads_of, parts, state, teacher_variables, batch, key, values, counts) -> tuple[Any, Any, Any]:
-    """Walks over the batch in ``parts``, adding up gradients and sums; the model's state goes from part to part."""
+def _accumulated(part: Callable, parts: int, state: TrainState, batch: Batch) -> tuple[Any, Any]:
+    """Walks over the batch in ``parts``, adding up gradients and sums; what models and objective keep besides goes from
+    part to part."""
     # Strided parts, so that each device of a sharded batch holds a share of every part.
     split = jax.tree.map(lambda x: x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1), dict(batch))
 
-    def body(carry, part):
-        number, batch = part
-        grads, model_state, sums = carry
-        new_grads, model_state, new_sums = grads_of(
-            state.params, model_state, teacher_variables, batch, jax.random.fold_in(key, number), values, counts
-        )
-        return (jax.tree.map(jnp.add, grads, new_grads), model_state, jax.tree.map(jnp.add, sums, new_sums)), None
+    def body(carry, numbered):
+        number, batch = numbered
+        grads, model_state, remembered, sums = carry
+        current = state._replace(model_state=model_state, learned={**state.learned, "state": remembered})
+        new_grads, (model_state, remembered, new_sums) = part(current, batch, number)
+        add = lambda a, b: jax.tree.map(jnp.add, a, b)
+        return (add(grads, new_grads), model_state, remembered, add(sums, new_sums)), None
 
     first = jax.tree.map(lambda x: x[0], split)
-    shapes = jax.eval_shape(grads_of, state.params, state.model_state, teacher_variables, first, key, values, counts)
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (shapes[0], shapes[2]))
-    (grads, model_state, sums), _ = jax.lax.scan(
-        body, (zeros[0], state.model_state, zeros[1]), (jnp.arange(parts), split)
-    )
-    return grads, model_state, sums
+    grads, (_, _, sums) = jax.eval_shape(part, state, first, 0)
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (grads, sums))
+    start = (zeros[0], state.model_state, state.learned["state"], zeros[1])
+    (grads, model_state, remembered, sums), _ = jax.lax.scan(body, start, (jnp.arange(parts), split))
+    return grads, (model_state, remembered, sums)
 
 
 def make_predict(

@@ -13,13 +13,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jax.sharding import Mesh
 
 from kdjax import sharding, state
 from kdjax.checkpoint import Checkpoints
 from kdjax.errors import UserError
-from kdjax.model import Model, Variables
+from kdjax.model import Variables
+from kdjax.objective import Objective
 from kdjax.state import TrainState
 from kdjax.step import HPARAMS, Step
 from kdjax.writers import JsonlWriter, Progress, TensorBoardWriter
@@ -36,22 +36,30 @@ class Stage(NamedTuple):
     stop: int
     step: Step
     hparams: Any  # host values of the schedules that the step takes
+    objective: Objective | None = None  # what it minimises, for those who look into it
+
+
+class Keys(NamedTuple):
+    """Where an arm's randomness comes from: ``student`` (weights, dropout; one per member of a population) and
+    ``views`` (augmentation)."""
+
+    student: jax.Array
+    views: jax.Array
 
 
 class Arm(NamedTuple):
-    """All that training one model needs; ``sizes`` and ``every`` are in steps, ``rules`` are sharding rules."""
+    """All that training one model, or a population of them, needs; ``rules`` are sharding rules."""
 
     name: str
-    model: Model
-    optimizer: optax.GradientTransformation
+    create: Callable[[Keys], TrainState]  # the state at step 0; pure
+    keys: Keys
     stages: list[Stage]
     batches: Callable[[int], Iterator[Mapping[str, np.ndarray]]]  # first step -> this process's share of each batch
     batch_size: int
-    key: jax.Array
     teacher_variables: Mapping[str, Variables] = MappingProxyType({})
-    ema: bool = False
     rules: sharding.Rules = ((".*", "replicate"),)
     teacher_rules: sharding.Rules = ((".*", "replicate"),)
+    members: int = 0  # how many students, each with its share of every metric; 0 for a plain run
 
 
 class Every(NamedTuple):
@@ -188,18 +196,15 @@ def compile_step(step: Step, mesh: Mesh, shardings: TrainState, *args: Any) -> t
 
 def abstract_state(arm: Arm, mesh: Mesh) -> TrainState:
     """The shapes, dtypes and shardings of an arm's state, without any memory."""
-    shapes = jax.eval_shape(lambda key: state.create_state(arm.model, arm.optimizer, key, ema=arm.ema), arm.key)
-    shardings = sharding.by_rules(shapes, mesh, arm.rules)
+    shapes = jax.eval_shape(arm.create, arm.keys)
+    shardings = sharding.by_rules(shapes, mesh, arm.rules, members=arm.members)
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
 
 
 def fresh_state(arm: Arm, mesh: Mesh) -> TrainState:
     """An arm's state at step 0, born on its shardings."""
     shardings = jax.tree.map(lambda x: x.sharding, abstract_state(arm, mesh))
-    create = jax.jit(
-        lambda key: state.create_state(arm.model, arm.optimizer, key, ema=arm.ema), out_shardings=shardings
-    )
-    return create(arm.key)
+    return jax.jit(arm.create, out_shardings=shardings)(arm.keys)
 
 
 def _start(arm, mesh, checkpoints, meta, say) -> tuple[TrainState, int, "_Clock"]:
@@ -275,7 +280,7 @@ class _Log:
         checkpoints: Checkpoints | None,
     ) -> None:
         pairs = jax.device_get(packed)
-        broken = [name for name, value in zip(names, pairs[0], strict=True) if not math.isfinite(value)]
+        broken = [name for name, value in zip(names, pairs[0], strict=True) if not np.isfinite(value).all()]
         if broken and self.every.stop_on_nan:
             raise _not_finite(self.arm.name, number, broken, checkpoints)
         self._window.append(pairs)
@@ -283,18 +288,23 @@ class _Log:
             self._write(number, names, clock)
 
     def _write(self, number: int, names: list[str], clock: _Clock) -> None:
-        sums, counts = np.asarray(self._window, np.float64).sum(axis=0).tolist()
+        sums, counts = np.asarray(self._window, np.float64).sum(axis=0)
+        means = np.where(counts > 0, sums / np.maximum(counts, 1e-30), math.nan)
         values, hparams = {}, {}
         for index, name in enumerate(names):
             if name.startswith(HPARAMS):  # as it was at this step, not the window's mean
-                hparams[name.removeprefix(HPARAMS)] = float(self._window[-1][0][index])
+                hparams[name.removeprefix(HPARAMS)] = float(self._window[-1][0][index].mean())
             else:
-                values[name] = sums[index] / counts[index] if counts[index] else math.nan
+                values[name] = float(means[index].mean())
+        members = {}
+        if self.arm.members:
+            members = {"members": {name: means[names.index(name)].tolist() for name in ("loss", "accuracy")}}
         rate = (number - self.began[0]) * self.arm.batch_size / max(clock.now() - self.began[1], 1e-9)
         self._window = []
         self.progress.update(number, {k: v for k, v in values.items() if k != "grad_norm"}, rate)
         for writer in self.writers:
-            writer.write({"arm": self.arm.name, "step": number, **values, "hparams": hparams, "examples_per_s": rate})
+            record = {"arm": self.arm.name, "step": number, **values, "hparams": hparams, "examples_per_s": rate}
+            writer.write(record | members)
 
     def evaluated(self, number: int, accuracy: float | None) -> None:
         if accuracy is not None:

@@ -101,7 +101,9 @@ def fresh_state(arm, mesh):
     params, model_state = arbitrary(shapes.params), arbitrary(shapes.model_state)
     zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes.opt_state)
     ema = params if shapes.ema else {}
-    host = TrainState(np.zeros((), np.int32), params, model_state, zeros, arm.key, ema)
+    learned = {"params": arbitrary(shapes.learned["params"]), "state": {}}
+    step = np.zeros((), np.int32)
+    host = TrainState(step, params, model_state, learned, zeros, arm.keys.student, arm.keys.views, ema)
     return jax.tree.map(lambda x, shape: jax.device_put(x, shape.sharding), host, shapes)
 
 

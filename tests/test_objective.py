@@ -10,7 +10,9 @@ from kdjax.errors import UserError
 from kdjax.model import Outputs
 from kdjax.objective import TERMS, make_objective
 
-SOFT = [name for name, term in TERMS.items() if not term.on_labels]
+# The terms on scores, which need no model; tests/test_terms.py has the others.
+SCORES = [name for name, term in TERMS.items() if not term.taps and not term.init and term.reads in ("labels", "logits", "both")]
+SOFT = [name for name in SCORES if TERMS[name].reads == "logits"]
 
 
 def example(size=12, classes=5, seed=0):
@@ -22,7 +24,8 @@ def example(size=12, classes=5, seed=0):
 
 def value(objective, student, teachers, batch, **changes):
     hparams = {**objective.hparams, **changes}
-    return objective.loss(student, teachers, batch, hparams, objective.counts(batch))
+    total, (sums, _) = objective.loss(student, teachers, batch, hparams, objective.counts(batch))
+    return total, sums
 
 
 def test_is_the_weighted_sum_of_means_over_valid_examples():
@@ -38,7 +41,7 @@ def test_is_the_weighted_sum_of_means_over_valid_examples():
     assert sums["accuracy"] == right
 
 
-@pytest.mark.parametrize("term", list(TERMS))
+@pytest.mark.parametrize("term", SCORES)
 def test_padding_never_changes_it(term):
     student, teachers, batch = example()
     objective = make_objective({term: {"weight": 1.0}})
@@ -52,7 +55,7 @@ def test_padding_never_changes_it(term):
     assert not np.any(gradient_padded[12:])
 
 
-@pytest.mark.parametrize("term", list(TERMS))
+@pytest.mark.parametrize("term", [name for name in SCORES if TERMS[name].over == "example"])
 def test_parts_add_up_to_the_whole(term):
     student, teachers, batch = example()
     objective = make_objective({term: {"weight": 1.0}})
@@ -73,8 +76,9 @@ def test_student_equal_to_teacher_has_no_loss_and_no_gradient_under_jit(term, dt
     objective = make_objective({term: {"weight": 1.0, **({"temperature": 3.0} if term != "logits_mse" else {})}})
     loss = lambda s: value(objective, Outputs(s), {"teacher": Outputs(logits)}, batch)[0]
     total, gradient = jax.jit(jax.value_and_grad(loss))(logits)
-    assert abs(float(total)) < 1e-6
-    assert float(jnp.abs(gradient.astype(jnp.float32)).max()) < 1e-6
+    assert abs(float(total)) < 1e-5  # rounding, times T²
+    if term != "total_variation":  # which has a kink there
+        assert float(jnp.abs(gradient.astype(jnp.float32)).max()) < 2e-6
 
 
 def test_all_unlabelled_leaves_the_soft_term_alone():

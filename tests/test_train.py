@@ -33,12 +33,11 @@ def make_arm(stops=(12,), batches=None, optimizer=None):
         stages.append(train.Stage(start, stop, step, {k: np.float32(v) for k, v in objective.hparams.items()}))
     return train.Arm(
         name="student",
-        model=student,
-        optimizer=optimizer,
+        create=lambda keys: state.create_state(student, optimizer, keys.student),
+        keys=train.Keys(jax.random.key(0), jax.random.key(0)),
         stages=stages,
         batches=batches or (lambda first: float_batches(first)),
         batch_size=32,
-        key=jax.random.key(0),
         teacher_variables={"teacher": teacher.init(jax.random.key(7))},
     )
 

@@ -1,11 +1,12 @@
 """Response losses: what a student learns from class scores, its teacher's or the label's.
 
 Every function takes logits [..., classes] of any float dtype and returns one float32 value per position, [...]: the
-sum over classes. The caller masks, weighs and reduces over positions. Notation: z are logits, p_T = softmax(z_t / T)
-the softened teacher, p_S = softmax(z_s / T) the softened student, T the temperature.
+sum over classes. The caller masks, weighs and reduces over positions. `dist` alone relates positions to each other: it
+takes their mask and returns a scalar. Notation: z are logits, p_T = softmax(z_t / T) the softened teacher,
+p_S = softmax(z_s / T) the softened student, T the temperature.
 
-Every softened term carries the factor T² (Hinton et al. 2015, section 2): the gradient of the bare divergence shrinks
-as 1/T², so the factor keeps the term's weight comparable when T changes or follows a schedule.
+Every softened divergence carries the factor T² (Hinton et al. 2015, section 2): its bare gradient shrinks as 1/T², so
+the factor keeps the term's weight comparable when T changes or follows a schedule.
 
 A class whose logit is -inf has probability 0. If student and teacher both rule it out, it adds nothing to the loss
 and gets no gradient; a teacher's class that the student rules out makes the forward divergence infinite, as it is. A
@@ -13,6 +14,7 @@ position with no class left is NaN. Temperatures and other numbers may be Python
 """
 
 import functools
+import math
 from collections.abc import Sequence
 
 import jax
@@ -24,7 +26,12 @@ Array = jax.Array
 Scalar = float | Array
 
 DIRECTIONS = ("forward", "reverse")
+STANDARDISATIONS = ("paper", "logit-standardization-KD")
+DIST_VARIANTS = ("paper", "image_classification_sota")
 COMBINATIONS = ("probabilities", "logits")
+
+# A vector whose variance is below this share of its mean square is constant up to the rounding of float32.
+FLAT = 1e-12
 
 
 def cross_entropy(logits: Array, labels: Array, *, label_smoothing: Scalar = 0.0) -> Array:
@@ -161,6 +168,119 @@ def skew_kl(
     return _square(temperature) * divergence
 
 
+def standardised_kl(
+    student_logits: Array, teacher_logits: Array, *, temperature: Scalar = 2.0, variant: str = "paper"
+) -> Array:
+    """KL between softened z-scores of the logits, times T²: only the relations within a logit vector matter.
+
+    T² KL(softmax(Z(z_t) / T) || softmax(Z(z_s) / T)), Z(z) = (z - mean) / σ over the classes, so the loss is blind to
+    a shift and to a positive scale of either side. paper: σ² = Σ (z - mean)² / K. logit-standardization-KD (the
+    authors' code): σ = sqrt(Σ (z - mean)² / (K - 1)) + 1e-7. K counts the classes whose logit is not -inf. Equal
+    logits have no z-score: they count as zeros, without a gradient.
+
+    Args:
+        student_logits: [..., classes], float.
+        teacher_logits: [..., classes], float, of the same shape.
+        temperature: T > 0, in units of σ.
+        variant: "paper" or "logit-standardization-KD".
+
+    Returns:
+        [...] float32, in nats; 0 where the z-scores are equal.
+
+    Raises:
+        UserError: shapes differ, or an unknown variant.
+
+    Source: Sun et al. 2024, "Logit Standardization in Knowledge Distillation", section 4, algorithms 1 and 2.
+    """
+    if variant not in STANDARDISATIONS:
+        raise unknown("variant of standardised_kl", variant, STANDARDISATIONS)
+    return kl(_z_score(student_logits, variant), _z_score(teacher_logits, variant), temperature=temperature)
+
+
+def total_variation(student_logits: Array, teacher_logits: Array, *, temperature: Scalar = 1.0) -> Array:
+    """Total variation distance, times T: T ½ Σ_k |p_T - p_S|.
+
+    The factor is T, not T²: as T grows, p_T - p_S tends to (z_t - z_s, centred) / (K T), and the gradient of its
+    absolute value shrinks as 1/T alone. The gradient through each class is bounded, whatever the teacher says.
+
+    Args:
+        student_logits: [..., classes], float.
+        teacher_logits: [..., classes], float, of the same shape.
+        temperature: T > 0.
+
+    Returns:
+        [...] float32, between 0 and T.
+
+    Raises:
+        UserError: shapes differ.
+
+    Source: Wen et al. 2023, "f-Divergence Minimization for Sequence-Level Knowledge Distillation", section 3 (TVD).
+    """
+    log_ps, log_pt = _log_softmax_pair(student_logits, teacher_logits, temperature)
+    return 0.5 * temperature * jnp.sum(jnp.abs(jnp.exp(log_pt) - jnp.exp(log_ps)), axis=-1)
+
+
+def dist(
+    student_logits: Array,
+    teacher_logits: Array,
+    mask: Array | None = None,
+    *,
+    temperature: Scalar = 1.0,
+    inter_weight: Scalar = 1.0,
+    intra_weight: Scalar = 1.0,
+    variant: str = "paper",
+) -> Array:
+    """DIST: match the correlations of the teacher's probabilities, between classes and between examples.
+
+    inter_weight · mean_i d(p_S[i, :], p_T[i, :]) + intra_weight · mean_k d(p_S[:, k], p_T[:, k]), where d = 1 - ρ is
+    Pearson's distance, over the examples i that the mask keeps and over the classes k. It is computed as half the
+    squared distance of the unit vectors, which is exact where both agree. A constant vector has no ρ: its distance is
+    1, without a gradient (the public code's value).
+
+    ρ is blind to scale, so the gradient does not shrink as T grows: the paper has no factor.
+    image_classification_sota (the authors' code) multiplies by T² all the same.
+
+    Args:
+        student_logits: [..., classes], float; every leading position is an example.
+        teacher_logits: [..., classes], float, of the same shape.
+        mask: [...], 1 for a real example and 0 for padding; all are real without it.
+        temperature: T > 0.
+        inter_weight: the weight of the relation between classes.
+        intra_weight: the weight of the relation between examples.
+        variant: "paper" or "image_classification_sota".
+
+    Returns:
+        A float32 scalar; 0 with fewer than 2 real examples.
+
+    Raises:
+        UserError: shapes differ, fewer than 2 examples, or an unknown variant.
+
+    Source: Huang et al. 2022, "Knowledge Distillation from A Stronger Teacher", section 3.
+    """
+    _require_same_shape(student_logits, teacher_logits)
+    positions, classes = student_logits.shape[:-1], student_logits.shape[-1]
+    if math.prod(positions) < 2:
+        raise UserError(f"dist needs at least 2 examples to relate, not logits of shape {student_logits.shape}.")
+    if mask is not None and mask.shape != positions:
+        raise UserError(f"dist with logits of shape {student_logits.shape} needs a mask of shape {positions}.")
+    if variant not in DIST_VARIANTS:
+        raise unknown("variant of dist", variant, DIST_VARIANTS)
+    real = jnp.ones(math.prod(positions), jnp.bool_) if mask is None else mask.reshape(-1).astype(jnp.bool_)
+
+    def probabilities(logits: Array) -> Array:
+        # Padding goes before any arithmetic: not even its NaN may reach the gradient.
+        return jnp.exp(_log_softmax(jnp.where(real[:, None], logits.reshape(-1, classes), 0.0), temperature))
+
+    p_s, p_t = probabilities(student_logits), probabilities(teacher_logits)
+    count = jnp.sum(real)
+    every_class = jnp.ones((1, classes), jnp.bool_)
+    inter = jnp.sum(jnp.where(real, _pearson_distance(p_s, p_t, every_class), 0.0)) / jnp.maximum(count, 1)
+    intra = jnp.mean(_pearson_distance(p_s.T, p_t.T, real[None, :]))
+    loss = inter_weight * inter + intra_weight * intra
+    factor = _square(temperature) if variant == "image_classification_sota" else 1.0
+    return jnp.where(count >= 2, factor * loss, 0.0)
+
+
 def logits_mse(student_logits: Array, teacher_logits: Array) -> Array:
     """Regression on logits: ½ ||z_s - z_t||², summed over classes.
 
@@ -246,10 +366,46 @@ def _log_softmax_pair(student_logits: Array, teacher_logits: Array, temperature:
 
 
 def _divergence(log_p: Array, log_q: Array) -> Array:
-    """KL(p || q) over the last axis; classes of p = 0 add 0. The inner `where`s keep NaN out of the gradient."""
-    outside = jnp.isneginf(log_p)
+    """KL(p || q) over the last axis; 0 log 0 = 0. The inner `where`s keep NaN out of the gradient.
+
+    q - p sums to 0 but for rounding. With it every summand is 0 to first order where p = q, and the rounding of the
+    two normalisers cancels: at T = 20 the relative error falls from 5e-5 to 5e-6.
+    """
+    p, outside = jnp.exp(log_p), jnp.isneginf(log_p)
     log_ratio = jnp.where(outside, 0.0, log_p) - jnp.where(outside, 0.0, log_q)
-    return jnp.sum(jnp.exp(log_p) * log_ratio, axis=-1)
+    return jnp.sum(p * log_ratio - p + jnp.exp(log_q), axis=-1)
+
+
+def _z_score(logits: Array, variant: str) -> Array:
+    logits = logits.astype(jnp.float32)
+    possible = ~jnp.isneginf(logits)
+    count = jnp.sum(possible, axis=-1, keepdims=True)
+    present = jnp.where(possible, logits, 0.0)
+    centred = jnp.where(possible, present - jnp.sum(present, axis=-1, keepdims=True) / count, 0.0)
+    square = jnp.sum(jnp.square(centred), axis=-1, keepdims=True)
+    constant = square <= FLAT * jnp.sum(jnp.square(present), axis=-1, keepdims=True)
+    square = jnp.where(constant, 1.0, square)
+    freedom, offset = (count, 0.0) if variant == "paper" else (jnp.maximum(count - 1, 1), 1e-7)
+    deviation = jnp.sqrt(square / freedom) + offset
+    return jnp.where(possible, jnp.where(constant, 0.0, centred / deviation), -jnp.inf)
+
+
+def _pearson_distance(x: Array, y: Array, valid: Array) -> Array:
+    """1 - ρ(x, y) over the last axis, [n, m] -> [n], of the entries where valid; 1 where x or y is constant."""
+
+    def unit(vectors: Array) -> tuple[Array, Array]:
+        vectors = jnp.where(valid, vectors, 0.0)
+        # ρ does not depend on the scale: dividing it out keeps the squares of tiny probabilities above underflow.
+        scale = jax.lax.stop_gradient(jnp.max(jnp.abs(vectors), axis=-1, keepdims=True))
+        vectors = vectors / jnp.where(scale == 0, 1.0, scale)
+        mean = jnp.sum(vectors, axis=-1, keepdims=True) / jnp.maximum(jnp.sum(valid, axis=-1, keepdims=True), 1)
+        centred = jnp.where(valid, vectors - mean, 0.0)
+        square = jnp.sum(jnp.square(centred), axis=-1, keepdims=True)
+        constant = square <= FLAT * jnp.sum(jnp.square(vectors), axis=-1, keepdims=True)
+        return jnp.where(constant, 0.0, centred / jnp.sqrt(jnp.where(constant, 1.0, square))), constant[..., 0]
+
+    (x, x_constant), (y, y_constant) = unit(x), unit(y)
+    return jnp.where(x_constant | y_constant, 1.0, 0.5 * jnp.sum(jnp.square(x - y), axis=-1))
 
 
 def _log_mixture(log_p: Array, log_q: Array, share: Scalar) -> Array:

@@ -5,7 +5,7 @@
 """
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -59,6 +59,12 @@ def _options(constructor: Callable[..., nnx.Module]) -> set[str]:
     module = constructor.func if isinstance(constructor, partial) else constructor
     parameters = inspect.signature(module.__init__).parameters  # type: ignore[misc]
     return set(parameters) - {"self", "classes", "input_shape", "rngs", "dtype"}
+
+
+def heads(name: str, options: Mapping[str, Any]) -> int:
+    """How many attention heads the model ``name`` has; 0 where it has no attention."""
+    defaults = getattr(MODELS[name], "keywords", {})
+    return int(options.get("heads", defaults.get("heads", 0)))
 
 
 def build(

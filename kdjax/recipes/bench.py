@@ -2,9 +2,8 @@
 
 import contextlib
 import json
-import math
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,7 +12,6 @@ from ml_collections import ConfigDict
 from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
-from scipy import stats
 
 from kdjax import config as configs
 from kdjax import experiment as experiments
@@ -21,6 +19,7 @@ from kdjax import results
 from kdjax.errors import UserError, unknown
 from kdjax.experiment import ALONE, DISTILLED, MAIN, STUDENTS
 from kdjax.recipes import bench_step, distill
+from kdjax.statistics import mean_and_sd, mean_interval
 from kdjax.tasks import classification
 from kdjax.writers import write_atomic
 
@@ -79,27 +78,13 @@ def seeds(config: ConfigDict, workdir: Path, seeds: int) -> Found:
         "config_sha256": configs.sha256(configs.resolve(config)),
         "seeds": rows,
         **{name: mean_and_sd([row[name] for row in rows]) for name in (MAIN, *STUDENTS)},
-        "difference": paired([row["difference"] for row in rows]),
+        "difference": mean_interval([row["difference"] for row in rows]),
         "share_of_teacher": mean_and_sd([row[DISTILLED] / row[MAIN] for row in rows]),
         "share_of_params": params[DISTILLED] / params[MAIN],
         "environment": results.environment(),
     }
     _write(workdir / "seeds.json", values)
     return Found(values, _seeds_table(values))
-
-
-def mean_and_sd(values: Sequence[float]) -> dict[str, float | None]:
-    """The mean and the sample standard deviation (``None`` for a single value)."""
-    return {"mean": float(np.mean(values)), "sd": float(np.std(values, ddof=1)) if len(values) > 1 else None}
-
-
-def paired(differences: Sequence[float]) -> dict[str, Any]:
-    """Mean and deviation of paired differences, with the 95 % interval of Student's t (``None`` for a single pair)."""
-    found = mean_and_sd(differences)
-    if found["sd"] is None:
-        return {**found, "interval_95": None}
-    half = stats.t.ppf(0.975, len(differences) - 1) * found["sd"] / math.sqrt(len(differences))
-    return {**found, "interval_95": [found["mean"] - half, found["mean"] + half]}
 
 
 def _seeds_table(values: Mapping[str, Any]) -> Table:

@@ -27,9 +27,10 @@ from kdjax.model import Array, Model, Outputs, Params, Variables
 from kdjax.objective import Batch, Hparams, Objective
 from kdjax.recipes import program
 from kdjax.results import bytes_text
-from kdjax.state import TrainState
+from kdjax.state import TrainState, trainable
 from kdjax.step import HPARAMS, make_train_step
 from kdjax.tasks import classification
+from kdjax.terms import TERMS
 
 EXAMPLES = 32  # in the batch of the identities
 TEACHER_EXAMPLES = 512  # of the test set, to score a teacher on
@@ -102,31 +103,40 @@ def _of_models(experiment: Experiment) -> list[Check]:
     placed = train.put_teachers(teachers, mesh, experiment.config.sharding.teacher)
     arm = experiments.make_arm(experiment, DISTILLED, placed)
     state = train.fresh_state(arm, mesh)
-    other = train.fresh_state(arm._replace(key=jax.random.fold_in(arm.key, 1)), mesh)
+    other = train.fresh_state(arm._replace(keys=arm.keys._replace(student=jax.random.fold_in(arm.keys.student, 1))), mesh)
     batch = _small_batch(experiment, arm)
     equal = EQUAL[experiment.config.train.dtype]
-    frozen = student._replace(apply=lambda variables, inputs, **_: student.apply(variables, inputs, train=False))
+    frozen = student._replace(
+        apply=lambda variables, inputs, taps=(), **_: student.apply(variables, inputs, train=False, taps=taps)
+    )
 
     found, seen = [], set()
     for number, stage in enumerate(arm.stages):
         hparams = _hparams_of(stage, arm, state, mesh)
         where = f" (stage {number + 1})" if len(arm.stages) > 1 else ""
-        terms = _terms(hparams)
-        for name, options in terms.items():
-            if objective.TERMS[name].on_labels or (name, str(options)) in seen:
+        goal = stage.objective
+        assert goal is not None, "make_arm gives every stage its objective"
+        for name, options in goal.terms.items():
+            term = TERMS[name]
+            alone = options | {key: hparams[f"{name}.{key}"] for key in options if f"{name}.{key}" in hparams}
+            alone |= {"weight": 1.0}
+            if term.reads != "logits" or (name, str(alone)) in seen:
                 continue
-            seen.add((name, str(options)))
-            alone = {key: value for key, value in options.items() if key != "weight"}
-            goal = objective.make_objective({name: alone})
+            seen.add((name, str(alone)))
             for dtype in ZERO:
-                check = zero_when_equal(goal, frozen, _variables(state), _variables(other), batch, dtype)
+                single = objective.make_objective({name: alone})
+                check = zero_when_equal(single, frozen, _variables(state), _variables(other), batch, dtype)
                 found.append(check._replace(name=f"{name}{where}: {check.name}"))
-        weights = {name: experiments.member(experiment.config, name).weight for name in experiment.teachers}
         # A term whose weight starts at 0 takes part with weight 1.
-        whole = {name: {**options, "weight": options["weight"] or 1.0} for name, options in terms.items()}
-        goal = objective.make_objective(whole, weights, experiment.config.teacher.combine)
-        for invariance in (unmoved_by_splitting, unmoved_by_padding):
-            check = invariance(goal, frozen, experiment.teachers, _variables(state), placed, batch, equal)
+        weights = {key: hparams[key] or 1.0 for key in goal.hparams if key.endswith(".weight")}
+        goal = goal._replace(hparams={key: hparams[key] for key in goal.hparams} | weights)
+        relations = {f"{name}.weight": 0.0 for name in goal.terms if TERMS[name].over == "batch" or TERMS[name].random}
+        by_parts = goal._replace(hparams=goal.hparams | relations)
+        invariances = [(unmoved_by_padding, goal)]
+        if len(relations) < len(goal.terms):
+            invariances.insert(0, (unmoved_by_splitting, by_parts))
+        for invariance, of in invariances:
+            check = invariance(of, frozen, experiment.teachers, _variables(state), placed, batch, equal)
             found.append(check._replace(name=check.name + where))
     if state.model_state:
         note = "; in inference mode, since batch statistics do see the parts"
@@ -264,8 +274,12 @@ def _loss_and_gradient(
     zeros = lambda tree: jax.tree.map(jnp.zeros_like, tree)
     keep = optax.GradientTransformation(zeros, lambda gradient, state, params=None: (zeros(gradient), gradient))
     params, zero = variables["params"], jnp.zeros((), jnp.int32)
-    state = TrainState(zero, params, variables["state"], keep.init(params), jax.random.key(0), ema={})
-    step = make_train_step(student, teachers, goal, keep, accumulate=accumulate)
+    learned = goal.init(jax.random.key(0))
+    everything = trainable(params, learned["params"])
+    key, decay = jax.random.key(0), 0.5 * goal.uses_ema
+    average = jax.tree.map(lambda x: 0.9 * x, params) if goal.uses_ema else {}
+    state = TrainState(zero, params, variables["state"], learned, keep.init(everything), key, key, average)
+    step = make_train_step(student, teachers, goal, keep, accumulate=accumulate, ema_decay=decay)
     after, found = step(state, teacher_variables, batch, hparams)
     return found["loss"][0], after.opt_state
 
@@ -308,16 +322,6 @@ def _hparams_of(stage: train.Stage, arm: train.Arm, state: TrainState, mesh: Mes
     batch = sharding.put_batch(next(arm.batches(0)), mesh)
     at_start = state._replace(step=jnp.full_like(state.step, stage.start))
     return {key: float(value) for key, value in values(at_start, arm.teacher_variables, batch, stage.hparams).items()}
-
-
-def _terms(hparams: Hparams) -> dict[str, dict[str, float]]:
-    """``{"kl.weight": 0.9, ...}`` as ``{"kl": {"weight": 0.9, ...}}``, terms only."""
-    terms: dict[str, dict[str, float]] = {}
-    for key, value in hparams.items():
-        name, _, option = key.partition(".")
-        if name in objective.TERMS:
-            terms.setdefault(name, {})[option] = value
-    return terms
 
 
 # ------------------------------------------------------------------------------------------------ the compiled program

@@ -150,7 +150,8 @@ def train_arm(
     config = experiment.config
     taught = {key: value.variables for key, value in teachers.items()} if name == DISTILLED else {}
     arm = experiments.make_arm(experiment, name, taught)
-    score = classification.make_score(arm.model, experiment.dataset, experiment.mesh, config.data.eval_batch_size)
+    model = experiments.model_of(experiment, name)
+    score = classification.make_score(model, experiment.dataset, experiment.mesh, config.data.eval_batch_size)
     test = experiment.dataset.test
     accuracy = lambda variables: metrics.classification(score(variables, test), test.labels)["accuracy"]
     meta: dict[str, Any] = {"arm": name, "config_sha256": experiment.config_sha256}
@@ -193,7 +194,7 @@ def score_and_report(
 ) -> Outcome:
     """Scores every arm on the whole test set, and writes ``results.json`` and ``report.html``."""
     config, dataset = experiment.config, experiment.dataset
-    models = {**experiment.teachers, **dict.fromkeys(STUDENTS, experiment.student)}
+    models = {name: experiments.model_of(experiment, name) for name in (*experiment.teachers, *STUDENTS)}
     logits = {
         name: classification.make_score(models[name], dataset, experiment.mesh, config.data.eval_batch_size)(
             trained.variables, dataset.test

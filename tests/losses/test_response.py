@@ -1,6 +1,7 @@
 """The response losses against float64 NumPy, against hand-computed values, and on the identities they must keep."""
 
 from functools import partial
+from pathlib import Path
 
 import hypothesis.extra.numpy as hnp
 import hypothesis.strategies as st
@@ -12,6 +13,9 @@ from hypothesis import given, settings
 
 from kdjax import losses
 from kdjax.errors import UserError
+from kdjax.losses.response import dist, standardised_kl, total_variation
+
+GOLDEN = np.load(Path(__file__).parents[1] / "golden" / "response.npz")
 
 DIVERGENCES = {
     "kl": losses.kl,
@@ -250,6 +254,193 @@ def test_jensen_shannon_over_beta_tends_to_kl_and_itself_to_zero():
     js = losses.jensen_shannon(student, teacher, beta=1e-3)
     np.testing.assert_allclose(js / 1e-3, losses.kl(student, teacher), rtol=0.02)
     assert jnp.all(js < 0.01)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 4.0, 20.0])
+def test_kl_is_exact_at_every_temperature(temperature):
+    """The rounding of the normalisers, times T², would be 5e-5 of it at T = 20."""
+    student, teacher = some_logits(30, (64, 100), 2.0), some_logits(31, (64, 100), 2.0)
+    got = jax.jit(partial(losses.kl, temperature=temperature))(student, teacher)
+    np.testing.assert_allclose(got, formula("kl", student, teacher, temperature), rtol=1e-5)
+
+
+# Standardised KL, total variation, DIST.
+
+CODE = "logit-standardization-KD"
+
+
+def z_score64(logits, variant="paper"):
+    logits = np.asarray(logits, np.float64)
+    centred = logits - logits.mean(-1, keepdims=True)
+    if variant == "paper":
+        return centred / logits.std(-1, keepdims=True)
+    return centred / (logits.std(-1, ddof=1, keepdims=True) + 1e-7)
+
+
+@pytest.mark.parametrize("variant", ["paper", CODE])
+@pytest.mark.parametrize("shape", [(3, 5, 7), (4, 2), (2, 50)])
+def test_standardised_kl_is_the_papers_formula(variant, shape):
+    student, teacher = some_logits(32, shape) + 5, some_logits(33, shape, 0.1)
+    loss = jax.jit(partial(standardised_kl, temperature=3.0, variant=variant))(student, teacher)
+    want = formula("kl", z_score64(student, variant), z_score64(teacher, variant), 3.0)
+    np.testing.assert_allclose(loss, want, rtol=1e-5, atol=1e-7)
+
+
+def test_standardised_kl_by_hand():
+    # z-scores (√(3/2), 0, -√(3/2)) against their negatives.
+    loss = standardised_kl(jnp.array([3.0, 2.0, 1.0]), jnp.array([-9.0, 0.0, 9.0]), temperature=1.0)
+    e = np.exp(np.sqrt(1.5))
+    np.testing.assert_allclose(loss, 2 * np.sqrt(1.5) * (e - 1 / e) / (e + 1 + 1 / e), rtol=1e-5)
+
+
+@pytest.mark.parametrize("name, temperature", [("standardised_kl_T2", 2.0), ("standardised_kl_T5", 5.0)])
+def test_standardised_kl_is_the_public_code(name, temperature):
+    mean = lambda s: standardised_kl(s, GOLDEN["teacher"], temperature=temperature, variant=CODE).mean()
+    value, grad = jax.jit(jax.value_and_grad(mean))(GOLDEN["student"])
+    np.testing.assert_allclose(value, GOLDEN[f"{name}/value"], rtol=1e-5)
+    np.testing.assert_allclose(grad, GOLDEN[f"{name}/grad"], rtol=1e-4, atol=1e-6)
+
+
+def test_standardised_kl_sees_relations_alone():
+    student, teacher = some_logits(34, (4, 6)), some_logits(35, (4, 6))
+    value_and_grad = jax.jit(jax.value_and_grad(lambda s, t: standardised_kl(s, t).sum()))
+    value, grad = value_and_grad(student, teacher)
+    np.testing.assert_allclose(value_and_grad(3 * student - 1, 0.2 * teacher + 4)[0], value, rtol=1e-5)
+    np.testing.assert_allclose(np.sum(grad, -1), 0.0, atol=1e-6)  # no gradient along a shift
+    np.testing.assert_allclose(np.sum(grad * student, -1), 0.0, atol=1e-5)  # nor along a scale
+    same, none = value_and_grad(2 * teacher + 1, teacher)
+    assert abs(same) < 1e-10 and np.max(np.abs(none)) < 1e-6
+    for flat in (np.zeros((4, 6)), np.full((4, 6), 0.1), np.full((4, 6), 1e4)):
+        value, grad = value_and_grad(np.asarray(flat, np.float32), teacher)
+        want = formula("kl", np.zeros((4, 6)), z_score64(teacher), 2.0).sum()
+        np.testing.assert_allclose(value, want, rtol=1e-5)
+        assert not np.any(grad)
+    wide = lambda z: np.concatenate([z, np.full((4, 2), -np.inf, np.float32)], -1)
+    value, grad = value_and_grad(student, teacher)
+    wide_value, wide_grad = value_and_grad(wide(student), wide(teacher))
+    np.testing.assert_allclose(wide_value, value, rtol=1e-5)
+    np.testing.assert_allclose(wide_grad, np.pad(grad, ((0, 0), (0, 2))), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 5.0])
+def test_total_variation_is_its_formula(temperature):
+    student, teacher = some_logits(36), some_logits(37)
+    p, q = softmax64(teacher, temperature), softmax64(student, temperature)
+    loss = jax.jit(total_variation)(student, teacher, temperature=temperature)
+    np.testing.assert_allclose(loss, temperature * 0.5 * np.abs(p - q).sum(-1), rtol=1e-5)
+    value = lambda s: temperature * 0.5 * np.abs(p[0] - softmax64(s, temperature)).sum()
+    grad = jax.grad(lambda s: total_variation(s, teacher[0], temperature=temperature).sum())(jnp.asarray(student[0]))
+    np.testing.assert_allclose(grad, numerical_gradient(value, student[0]), rtol=1e-4, atol=1e-5)
+
+
+def test_total_variation_by_hand_and_at_its_limits():
+    teacher, student = jnp.log(jnp.array([0.5, 0.25, 0.25])), jnp.log(jnp.array([0.25, 0.25, 0.5]))
+    np.testing.assert_allclose(total_variation(student, teacher), 0.25, rtol=1e-6)
+    one, other = jnp.array([0.0, -jnp.inf]), jnp.array([-jnp.inf, 0.0])
+    assert total_variation(one, other) == 1
+    value, grad = jax.jit(jax.value_and_grad(total_variation))(teacher, teacher)
+    assert value == 0 and not np.any(grad)
+    # The factor T keeps the gradient: it tends to a limit as T grows.
+    at = lambda t: jax.grad(lambda s: total_variation(s, teacher, temperature=t))(student)
+    np.testing.assert_allclose(at(1000.0), at(100.0), rtol=0.02)
+    assert np.max(np.abs(at(1000.0))) > 0.1
+
+
+def dist64(student, teacher, temperature=1.0, inter_weight=1.0, intra_weight=1.0):
+    p, q = softmax64(teacher, temperature), softmax64(student, temperature)
+    inter = np.mean([1 - np.corrcoef(a, b)[0, 1] for a, b in zip(p, q, strict=True)])
+    intra = np.mean([1 - np.corrcoef(a, b)[0, 1] for a, b in zip(p.T, q.T, strict=True)])
+    return inter_weight * inter + intra_weight * intra
+
+
+dist_with_gradient = jax.jit(jax.value_and_grad(dist))
+
+
+@pytest.mark.parametrize("shape, scale", [((6, 7), 3.0), ((2, 3), 1.0), ((5, 40), 2.0)])
+def test_dist_is_the_papers_formula(shape, scale):
+    student, teacher = some_logits(38, shape, scale), some_logits(39, shape, scale)
+    np.testing.assert_allclose(dist_with_gradient(student, teacher)[0], dist64(student, teacher), rtol=1e-5)
+    loss = jax.jit(dist)(student, teacher, temperature=4.0, inter_weight=2.0, intra_weight=0.5)
+    np.testing.assert_allclose(loss, dist64(student, teacher, 4.0, 2.0, 0.5), rtol=1e-5)
+
+
+def test_dist_is_the_public_code():
+    student, teacher = GOLDEN["student"], GOLDEN["teacher"]
+    code = {"temperature": 4.0, "inter_weight": 2.0, "intra_weight": 0.5, "variant": "image_classification_sota"}
+    weights = {"inter_weight": 2.0, "intra_weight": 2.0}
+    for name, options in (("dist_T1", {}), ("dist_T4", code), ("dist_segmentation", weights)):
+        value, grad = jax.jit(jax.value_and_grad(partial(dist, **options)))(student, teacher)
+        np.testing.assert_allclose(value, GOLDEN[f"{name}/value"], rtol=1e-5, err_msg=name)
+        np.testing.assert_allclose(grad, GOLDEN[f"{name}/grad"], rtol=1e-4, atol=2e-6, err_msg=name)
+
+
+def test_dist_by_hand():
+    # Probabilities (p, 1 - p): opposite within each example, and both classes fall where the teacher's rise.
+    student, teacher = jnp.log(jnp.array([[0.8, 0.2], [0.7, 0.3]])), jnp.log(jnp.array([[0.1, 0.9], [0.2, 0.8]]))
+    np.testing.assert_allclose(dist(student, teacher, inter_weight=10.0), 10 * 2 + 2, rtol=1e-5)
+
+
+def test_dist_gradient_is_the_float64_difference_quotient():
+    student, teacher = some_logits(40, (6, 7), 1.0), some_logits(41, (6, 7), 1.0)
+    want = numerical_gradient(lambda s: dist64(s, teacher), student)
+    np.testing.assert_allclose(dist_with_gradient(student, teacher)[1], want, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_dist_of_equal_sides_is_a_fixed_point(dtype):
+    x = jnp.asarray(some_logits(42, (6, 7)), dtype)
+    value, grad = dist_with_gradient(x, x)
+    assert value.dtype == jnp.float32 and abs(value) < 1e-10 and np.max(np.abs(np.asarray(grad, np.float32))) < 1e-6
+
+
+@pytest.mark.parametrize("padding", [0.0, 1e30, np.nan])
+def test_padding_and_order_do_not_change_dist(padding):
+    student, teacher, real = some_logits(43, (6, 7)), some_logits(44, (6, 7)), np.array([7, 1, 2, 0, 5, 4])
+    mask = np.isin(np.arange(8), real).astype(np.float32)
+    padded = [np.full((8, 7), padding, np.float32) for _ in range(2)]
+    padded[0][real], padded[1][real] = student, teacher
+    value, grad = dist_with_gradient(student, teacher)
+    for shape in ((8,), (2, 4)):  # leading positions are examples
+        logits = [x.reshape(*shape, 7) for x in padded]
+        masked, masked_grad = dist_with_gradient(*logits, mask.reshape(shape))
+        masked_grad = masked_grad.reshape(8, 7)
+        np.testing.assert_allclose(masked, value, rtol=1e-5)
+        np.testing.assert_allclose(masked_grad[real], grad, rtol=1e-4, atol=1e-6)
+        assert not np.any(masked_grad[mask == 0])
+    for few in (np.zeros(8, np.float32), np.eye(8, dtype=np.float32)[1]):
+        value, grad = dist_with_gradient(*padded, few)
+        assert value == 0 and not np.any(grad)
+
+
+def test_degenerate_probabilities_stay_finite():
+    zeros, equal, sure = np.zeros((6, 7)), np.full((6, 7), 0.1), 1e4 * np.eye(6, 7)
+    faint = some_logits(45, (6, 7)) - 60 * np.eye(7)[0]  # a class of probability 1e-26
+    ruled_out = np.where(np.arange(7) == 3, -np.inf, some_logits(46, (6, 7)))
+    cases = [np.asarray(x, np.float32) for x in (zeros, equal, sure, faint, ruled_out, some_logits(47, (6, 7)))]
+    for student in cases:
+        for teacher in cases:
+            value, grad = dist_with_gradient(student, teacher)
+            assert np.isfinite(value) and np.all(np.isfinite(grad)) and np.max(np.abs(grad)) < 10
+    # No correlation with a constant: distance 1 within each example and each class.
+    value, grad = dist_with_gradient(cases[1], cases[-1])
+    assert value == 2 and not np.any(grad)
+    # A faint class counts like any other.
+    np.testing.assert_allclose(dist_with_gradient(cases[3], cases[-1])[0], dist64(cases[3], cases[-1]), rtol=1e-5)
+
+
+def test_bad_input_of_the_new_losses_is_one_sentence():
+    z = jnp.zeros((2, 3))
+    with pytest.raises(UserError, match=f"did you mean '{CODE}'"):
+        standardised_kl(z, z, variant="logit-standardisation-KD")
+    with pytest.raises(UserError, match="unknown variant of dist"):
+        dist(z, z, variant="sota")
+    with pytest.raises(UserError, match="at least 2 examples"):
+        dist(z[:1], z[:1])
+    with pytest.raises(UserError, match=r"needs a mask of shape \(2,\)"):
+        dist(z, z, jnp.ones(3))
+    for loss in (standardised_kl, total_variation, dist):
+        with pytest.raises(UserError, match="same classes"):
+            loss(z, jnp.zeros((2, 4)))
 
 
 # Cross-entropy.

@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from scipy import stats
 
 from kdjax import config as configs
 from kdjax.errors import UserError
@@ -132,14 +131,6 @@ def test_seeds_runs_every_seed_once(tmp_path, capsys):
     again = bench.run("seeds", _config("data.labels=0.5"), workdir=tmp_path, seeds=2)
     assert again["seeds"] == found["seeds"]
     assert (tmp_path / "seed-0" / "metrics.jsonl").read_text() == before  # loaded, not trained again
-
-
-def test_the_paired_interval_is_students():
-    differences = [0.01, 0.02, 0.015, 0.03, 0.005]
-    found = bench.paired(differences)
-    expected = stats.ttest_1samp(differences, 0.0).confidence_interval(0.95)
-    np.testing.assert_allclose(found["interval_95"], expected)
-    assert bench.paired([0.1]) == {"mean": 0.1, "sd": None, "interval_95": None}
 
 
 def test_omitted_trains_without_the_class_and_reports_before_and_after(tmp_path):

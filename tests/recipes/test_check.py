@@ -58,9 +58,9 @@ def parts():
 def _replaced(goal: Objective, loss) -> Objective:
     """An objective whose loss is another function, of (student logits, teacher logits, batch, counts)."""
 
-    def broken(student, teachers, batch, hparams, counts):
+    def broken(student, teachers, batch, hparams, counts, *_):
         total = loss(student.logits, next(iter(teachers.values())).logits, batch, counts)
-        return total, {}
+        return total, ({}, {})
 
     return goal._replace(loss=broken)
 
