@@ -108,12 +108,62 @@ def bench(call: Call) -> None:
     recipe.run(call.words[0], call.config, workdir=call.workdir, seeds=call.flags.seeds, json_output=call.flags.json)
 
 
+def population(call: Call) -> None:
+    """Train many students, of several seeds and any traced numbers, in one program beside one teacher.
+
+    Example:
+      kdjax population --seeds 16
+      kdjax population --seeds 2 --grid losses.kl.temperature=1,2,4,8 losses.kl.weight=0.5,0.9
+    """
+    from rich.console import Console
+
+    from kdjax.recipes import population as recipe
+
+    grid = recipe.parse_grid(_grid_words(call))
+    found = recipe.run(call.config, call.workdir, seeds=call.flags.seeds, grid=grid)
+    Console().print(recipe.table(found))
+
+
+def compare(call: Call) -> None:
+    """Compare methods honestly: the control and each method, over several seeds, with paired intervals and a report.
+
+    What is finished is not run again, so more methods, or more seeds, may be asked for later in the same workdir.
+
+    Example:
+      kdjax compare --methods kl,dkd,fitnets,crd --seeds 5
+      kdjax compare --methods kl,kl+rkd --tune 3 --config configs/digits.py:labels10
+      kdjax compare --methods kl --grid losses.kl.temperature=1,2,4,8 losses.kl.weight=0.5,0.7,0.9
+    """
+    from rich.console import Console
+
+    from kdjax.compare import report
+    from kdjax.recipes import compare as recipe
+    from kdjax.recipes.methods import METHODS
+    from kdjax.recipes.population import parse_grid
+
+    grid = parse_grid(_grid_words(call))
+    names = list(METHODS) if call.flags.methods == "all" else [name for name in call.flags.methods.split(",") if name]
+    found = recipe.run(
+        call.config, call.workdir, names=names, seeds=call.flags.seeds, trials=call.flags.tune, grid=grid
+    )
+    console = Console()
+    console.print(report.table(found))
+    console.print(f"report: {call.workdir / 'report.html'}", soft_wrap=True)
+
+
+def _grid_words(call: Call) -> list[str]:
+    """``--grid A=1,2 B=3,4``: the flag takes the first word, the others follow it."""
+    return [word for word in (call.flags.grid, *call.words) if word]
+
+
 VERBS: dict[str, Callable[[Any], None]] = {
     "distill": distill,
     "train": train,
     "evaluate": evaluate,
     "check": check,
     "bench": bench,
+    "population": population,
+    "compare": compare,
 }
 HELP = """kdjax: knowledge distillation in JAX
 
@@ -136,7 +186,7 @@ def run(argv: Sequence[str]) -> int:
     verb = argv[0] if argv else "--help"
     try:
         if verb in ("-h", "--help", "help"):
-            print(HELP.format(verbs="\n".join(f"  {name:9} {_summary(function)}" for name, function in VERBS.items())))
+            print(HELP.format(verbs="\n".join(f"  {name:10} {_summary(function)}" for name, function in VERBS.items())))
             return 0
         if verb not in VERBS:
             raise unknown("verb", verb, VERBS)
@@ -187,8 +237,15 @@ def _flags(verb: str) -> flags.FlagValues:
         define(flags.DEFINE_string, "arm", "teacher", "which arm to train")
     if verb in ("check", "bench"):
         define(flags.DEFINE_bool, "json", False, "print one JSON object")
-    if verb == "bench":
-        define(flags.DEFINE_integer, "seeds", 5, "how many seeds", lower_bound=1)
+    if verb in ("bench", "compare", "population"):
+        define(flags.DEFINE_integer, "seeds", 1 if verb == "population" else 5, "how many seeds", lower_bound=1)
+    if verb in ("compare", "population"):
+        define(
+            flags.DEFINE_string, "grid", None, "KEY=VALUE,VALUE ...: numbers of the config to try in all combinations"
+        )
+    if verb == "compare":
+        define(flags.DEFINE_string, "methods", "kl", "names with commas between them, or all; a+b is both at once")
+        define(flags.DEFINE_integer, "tune", 1, "how many weights each method may choose from, on held-out examples")
     return values
 
 
@@ -200,12 +257,13 @@ def _parse(verb: str, argv: Sequence[str]) -> Call:
     except flags.Error as error:
         sentence = (str(error).splitlines() or ["unreadable flags"])[0].rstrip(".")
         raise UserError(f"{sentence}; kdjax {verb} --help lists the flags.") from error
-    if words and verb != "bench":
+    if words and verb != "bench" and not (verb in ("compare", "population") and values.grid):
         raise UserError(f"unexpected {words[0]!r}: values are given as --config.key=value; see kdjax {verb} --help.")
     base = configs.from_file(values.config) if values.config else configs.default()
     config = configs.resolve(configs.override(base, overrides))
     # A folder of this config's own, so that the same command finds its run again.
-    own = f"{config.data.name.replace(':', '-')}-{configs.sha256(config)[:8]}"
+    kind = f"{verb}-" if verb in ("compare", "population") else ""  # which write results of another kind
+    own = f"{kind}{config.data.name.replace(':', '-')}-{configs.sha256(config)[:8]}"
     return Call(config, Path(values.workdir or os.path.join("runs", own)), words, values)
 
 

@@ -14,7 +14,10 @@ from kdjax import objective
 from kdjax.errors import UserError, unknown
 
 # Subtrees in which a user may add keys; what is put there is checked by the code that reads it.
-_OPEN = ("data.options", "teacher.options", "teacher.augment", "student.options", "more_teachers", "stages", "mesh")
+_OPEN = (
+    *("data.options", "teacher.options", "teacher.augment", "student.options"),
+    *("more_teachers", "assistants", "stages", "mesh"),
+)
 # What does not change the result, and so may change when a run is resumed.
 _FREE = ("checkpoint", "log")
 
@@ -31,6 +34,12 @@ def default() -> ConfigDict:
         "eval_batch_size": 256,
         "labels": 1.0,  # share of the training examples whose labels the student may see
         "omit_class": -1,  # a class whose examples the student never sees (-1: none)
+        "curriculum": {  # of the distilled student: which examples it sees first, as the teacher finds them hard
+            "pacing": "none",  # or linear, root, step: how the pool of examples grows
+            "start": 0.3,  # share of the examples in the pool at step 0
+            "full_percent": 50.0,  # of the run, at which all are in
+            "order": "easy_first",  # or hard_first, random
+        },
         "augment": {
             "crop_padding": 1,  # pixels
             "flip": False,
@@ -45,7 +54,7 @@ def default() -> ConfigDict:
         "options": {"widths": (32, 64, 128), "strides": (1, 2, 2)},
         "init": "",  # a kdjax workdir or checkpoint folder; empty: trained in this run
         "weight": 1.0,  # among several teachers
-        "combine": "probabilities",  # or logits
+        "combine": "probabilities",  # or logits, confidence, routed
         "labels": 1.0,
         "augment": {},  # what differs from data.augment while the teacher itself is trained
         "epochs": 40,
@@ -58,7 +67,10 @@ def default() -> ConfigDict:
         "name": "cnn",
         "options": {"widths": (8, 16, 16), "strides": (1, 2, 2)},
         "seed": 0,  # of its weights and dropout, beside the run's
+        "reuse_classifier": False,  # the distilled student ends in the teacher's own classifier (SimKD)
     }
+    config.assistants = {}  # name -> {name, options, init}: between teacher and student, in the order of their names
+    config.generations = 1  # how often the student is distilled, each time from the student before
     config.losses = objective.default_losses()  # every term, switched off
     config.losses.kl.update(weight=0.9, temperature=4.0)
     config.losses.ce.update(weight=0.1)
@@ -77,6 +89,7 @@ def default() -> ConfigDict:
     }
     config.mesh = {"data": -1, "fsdp": 1}  # -1: all devices that are left
     config.sharding = {"student": ((".*", "fsdp"),), "teacher": ((".*", "fsdp"),)}
+    config.population = {"chunk": 0}  # students at a time in a population; 0: as measured at its start
     config.checkpoint = {"every": 200, "keep": 2, "keep_best": True}
     config.log = {"every": 20, "eval_every": 100, "tensorboard": False}
     return config
@@ -144,6 +157,10 @@ def resolve(config: ConfigDict) -> ConfigDict:
         _check(
             extra.to_dict(), {key: default().teacher.to_dict()[key] for key in MEMBER_KEYS}, f"more_teachers.{name}."
         )
+    for name, extra in config.assistants.items():
+        _check(extra.to_dict(), {"name": "", "options": {}, "init": ""}, f"assistants.{name}.")
+    for key in ("seed", "reuse_classifier"):  # which a student that is set as a whole leaves out
+        config.student[key] = config.student.get(key, default().student[key])
     return config.lock()
 
 
@@ -235,7 +252,7 @@ def _check(found: Mapping[str, Any], expected: Mapping[str, Any], prefix: str) -
         path = prefix + key
         if key not in expected:
             raise unknown_key(path, {prefix + name: None for name in expected})
-        if path in _OPEN or (prefix.startswith("more_teachers.") and key == "options"):
+        if path in _OPEN or (prefix.startswith(("more_teachers.", "assistants.")) and key == "options"):
             _require(isinstance(value, Mapping), path, "a mapping of options", value)
         elif _is_schedule(value) and isinstance(expected[key], int | float | Mapping):
             continue  # schedules.make checks it

@@ -1,8 +1,9 @@
 """From a config to its arms: everything that can be refused is refused here, before any device time is spent."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache, partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -10,22 +11,31 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
+from numpy.typing import NDArray
 
-from kdjax import checkpoint, models, objective, optimizer, schedules, sharding, state, train
+from kdjax import chain, checkpoint, models, objective, optimizer, reuse, schedules, sharding, state, train
 from kdjax import config as configs
-from kdjax.data import pipeline, sources
+from kdjax.data import curriculum, pipeline, sources
 from kdjax.data.sources import Dataset, Split
 from kdjax.errors import UserError, unknown
 from kdjax.model import Model, Variables, from_nnx, tap_shapes
 from kdjax.stages import Plan, make_plan
 from kdjax.step import make_train_step
 from kdjax.taps import Network
-from kdjax.terms import TERMS
 from kdjax.tasks import classification
+from kdjax.terms import TERMS
 
 MAIN = "teacher"  # the name of the first teacher; more have the names that the config gives them
 STUDENTS = ALONE, DISTILLED = ("student_alone", "student_distilled")
 DTYPES = ("float32", "bfloat16")
+
+
+class Link(NamedTuple):
+    """What differs in the experiment in which a link of a chain is the distilled student; see ``chain``."""
+
+    config: ConfigDict
+    teachers: dict[str, Model]
+    distilled: Model
 
 
 class Experiment(NamedTuple):
@@ -37,12 +47,20 @@ class Experiment(NamedTuple):
     mesh: Mesh
     teachers: dict[str, Model]
     student: Model
+    distilled: Model  # the student as it is distilled: itself, or with the teacher's classifier
     config_sha256: str
+    links: Mapping[str, Link] = MappingProxyType({})  # by arm, the distilled student the last; empty without a chain
+    difficulty: NDArray[np.float32] | None = None  # of each example of student_train, for a curriculum
 
     @property
     def classes(self) -> int:
         """The number of classes."""
         return len(self.dataset.class_names)
+
+    @property
+    def arms(self) -> tuple[str, ...]:
+        """Every arm by name, in the order of training."""
+        return (*self.teachers, *(name for name in self.links if name != DISTILLED), *STUDENTS)
 
 
 def prepare(config: ConfigDict, dataset: Dataset | None = None) -> Experiment:
@@ -63,23 +81,57 @@ def prepare(config: ConfigDict, dataset: Dataset | None = None) -> Experiment:
     sharding.check_batch(config.data.eval_batch_size, mesh, what="data.eval_batch_size")
     dataset = dataset or sources.load(config.data)
     sources.validate(dataset)
+    curriculum.check(config.data.curriculum)
+    if config.teacher.combine == "routed":
+        sources.check_routes(dataset, [MAIN, *config.more_teachers])
     shape = tuple(dataset.train.inputs.shape[1:])
     build = lambda part: _bundled(
         part.name, part.options.to_dict(), len(dataset.class_names), shape, config.train.dtype
     )
     members = {MAIN: config.teacher, **config.more_teachers}
+    student = build(config.student)
     experiment = Experiment(
         config=config,
         dataset=_relabelled(dataset, config.teacher.labels, config.seed),
         student_train=_student_view(dataset, config),
         mesh=mesh,
         teachers={name: build(member(config, name)) for name in members},
-        student=build(config.student),
+        student=student,
+        distilled=student,
         config_sha256=configs.sha256(config),
     )
-    for arm in (MAIN, *STUDENTS):
-        make_arm(experiment, arm)  # builds every objective, schedule and optimiser once, to refuse what cannot be built
+    experiment = _with_classifier(_with_links(experiment, build))
+    for name in (MAIN, *experiment.links, *STUDENTS):
+        arm = make_arm(experiment, name)  # every objective, schedule and optimiser once, to refuse what cannot be built
+        if name in experiment.links and not any(stage.objective.uses_teacher for stage in arm.stages):
+            raise UserError(
+                "assistants and generations hand on what the teacher says, and no loss term asks it: set the weight of "
+                "one that does, such as losses.kl.weight."
+            )
     return experiment
+
+
+def _with_links(experiment: Experiment, build: Callable[[ConfigDict], Model]) -> Experiment:
+    """With the models between teacher and student, each the teacher of the next."""
+    taken = (*experiment.teachers, *STUDENTS)
+    links, teachers = {}, experiment.teachers
+    for name, config in chain.configs_of(experiment.config, taken, DISTILLED).items():
+        model = experiment.student if name == DISTILLED else build(config.student)
+        links[name] = Link(config, teachers, model)
+        teachers = {MAIN: model}
+    return experiment._replace(links=links)
+
+
+def _with_classifier(experiment: Experiment) -> Experiment:
+    """With the teacher's classifier in the place of the distilled student's, where the config asks for that."""
+    if not experiment.config.student.reuse_classifier:
+        return experiment
+    images = classification.make_normalise(experiment.dataset)({"inputs": experiment.dataset.train.inputs[:8]})
+    link = experiment.links.get(DISTILLED)
+    teacher = (link or experiment).teachers[MAIN]
+    distilled = reuse.reuse_classifier(experiment.student, teacher, images["inputs"])
+    links = {**experiment.links, DISTILLED: link._replace(distilled=distilled)} if link else {}
+    return experiment._replace(distilled=distilled, links=links)
 
 
 def make_arm(
@@ -90,18 +142,22 @@ def make_arm(
     members: Sequence[ConfigDict] = (),
     chunk: int = 0,
 ) -> train.Arm:
-    """The arm of that name: a teacher (by its name), ``student_alone`` or ``student_distilled``.
+    """The arm of that name: a teacher (by its name), a link of the chain, ``student_alone`` or ``student_distilled``.
 
     Both students start from the same weights and see the same batches: only the objective differs.
 
     Args:
       experiment: the run.
       name: of the arm.
-      teacher_variables: the teachers' weights by name, where the arm needs them.
+      teacher_variables: the weights of the arm's teachers by name, where it needs them; in a chain, those of the link
+        before it, as ``MAIN``.
       members: of a population, a config for each, which differ from the experiment's in traced numbers and in
         ``student.seed`` alone; none for a plain run.
       chunk: how many of them run at a time; 0 for all.
     """
+    if name in experiment.links:
+        within = experiment._replace(**experiment.links[name]._asdict(), links={})
+        return make_arm(within, DISTILLED, teacher_variables, members=members, chunk=chunk)._replace(name=name)
     config = experiment.config
     is_student = name in STUDENTS
     split = experiment.student_train if is_student else experiment.dataset.train
@@ -112,9 +168,12 @@ def make_arm(
     if total is None:
         raise UserError(f"{where}.epochs and {where}.steps are both 0: say how long to train.")
     model = model_of(experiment, name)
-    plans = [_plans(one, name, total, per_epoch) for one in members or (config,)]
+    if name == DISTILLED and config.student.reuse_classifier and teacher_variables:
+        model = reuse.with_classifier(model, teacher_variables[MAIN])
+    plans = _plans(config, name, total, per_epoch)
+    of_members = [_plans(one, name, total, per_epoch) for one in members] or [plans]
     augment = config.data.augment.to_dict() | ({} if is_student else config.teacher.augment.to_dict())
-    goals = [_objective(experiment, name, plan, len(split.labels), per_epoch) for plan in plans[0]]
+    goals = [_objective(experiment, name, plan, len(split.labels), per_epoch) for plan in plans]
     init_objective = _joined([goal.init for goal in goals])
     learned = jax.eval_shape(init_objective, jax.random.key(0))["params"]
     params = jax.eval_shape(model.init, jax.random.key(0))["params"]
@@ -138,9 +197,9 @@ def make_arm(
         keys=_keys(config, number, members if is_student else ()),
         stages=[
             _stage(experiment, model, transform, goal, same, per_epoch, augment, ema, len(members), chunk)
-            for goal, same in zip(goals, zip(*plans, strict=True), strict=True)
+            for goal, same in zip(goals, zip(*of_members, strict=True), strict=True)
         ],
-        batches=_batches(split, config),
+        batches=_batches(experiment, name, config.seed, total, bool(teacher_variables)),
         batch_size=config.data.batch_size,
         teacher_variables=teacher_variables or {},
         rules=config.sharding.student if is_student else config.sharding.teacher,
@@ -151,16 +210,20 @@ def make_arm(
 
 def model_of(experiment: Experiment, name: str) -> Model:
     """The model that the arm of that name trains."""
-    return experiment.student if name in STUDENTS else experiment.teachers[name]
+    if name in experiment.links:
+        return experiment.links[name].distilled
+    return {**experiment.teachers, ALONE: experiment.student, DISTILLED: experiment.distilled}[name]
 
 
 def reseeded(experiment: Experiment, arm: train.Arm, seed: int) -> train.Arm:
     """A student's arm with the weights, the order of examples and the views of another ``seed``, and the same compiled
-    programs; the teacher and the choice of labels stay."""
+    programs; the teacher and the choice of labels stay. Members of a population keep the differences among them."""
+    assert arm.name in STUDENTS
     config = ConfigDict(experiment.config.to_dict(), type_safe=False)
     config.seed = seed
-    assert arm.name in STUDENTS and not arm.members
-    return arm._replace(keys=_keys(config, 1, ()), batches=_batches(experiment.student_train, config))
+    keys = _keys(config, 1, [config] * arm.members)
+    batches = _batches(experiment, arm.name, seed, arm.stages[-1].stop, bool(arm.teacher_variables))
+    return arm._replace(keys=keys, batches=batches)
 
 
 def _keys(config: ConfigDict, number: int, members: Sequence[ConfigDict]) -> train.Keys:
@@ -173,15 +236,31 @@ def _keys(config: ConfigDict, number: int, members: Sequence[ConfigDict]) -> tra
     return train.Keys(of_seed(config.student.seed), views)
 
 
-def _batches(split: Split, config: ConfigDict) -> Any:
-    return lambda first: pipeline.train_batches(
-        split,
-        batch_size=config.data.batch_size,
-        seed=config.seed,
-        start_step=first,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
-    )
+def _batches(experiment: Experiment, name: str, seed: int, total: int, has_teachers: bool) -> Any:
+    """The batches of an arm from a step on: a curriculum's for the distilled student, where the config has one."""
+    config = experiment.config
+    split = experiment.student_train if name in STUDENTS else experiment.dataset.train
+    plan = config.data.curriculum.to_dict()
+
+    def batches(first: int) -> Any:
+        common = {
+            "batch_size": config.data.batch_size,
+            "seed": seed,
+            "start_step": first,
+            "process_index": jax.process_index(),
+            "process_count": jax.process_count(),
+        }
+        # An arm without teachers is there to be looked at, not to be trained, and nobody has scored its examples.
+        if name != DISTILLED or plan["pacing"] == "none" or not has_teachers:
+            return pipeline.train_batches(split, **common)
+        if experiment.difficulty is None:
+            raise UserError(
+                f"data.curriculum.pacing={plan['pacing']} needs the difficulty of each example, which nobody has scored "
+                "(kdjax.recipes.difficulty): use kdjax distill, or set it to none."
+            )
+        return curriculum.batches(split, experiment.difficulty, total_steps=total, **plan, **common)
+
+    return batches
 
 
 def _plans(config: ConfigDict, name: str, total: int, per_epoch: float) -> list[Plan]:
@@ -191,9 +270,7 @@ def _plans(config: ConfigDict, name: str, total: int, per_epoch: float) -> list[
     return make_plan(sections, losses.to_dict(), section.to_dict()["learning_rate"], total, per_epoch)
 
 
-def _objective(
-    experiment: Experiment, name: str, plan: Plan, examples: int, per_epoch: float
-) -> objective.Objective:
+def _objective(experiment: Experiment, name: str, plan: Plan, examples: int, per_epoch: float) -> objective.Objective:
     config = experiment.config
     is_student = name in STUDENTS
     section = config.student if is_student else config.teacher
@@ -211,8 +288,7 @@ def _objective(
     on_labels = [term for term in goal.terms if TERMS[term].on_labels]
     if on_labels and is_student and (experiment.student_train.labels < 0).all():
         raise UserError(
-            f"losses.{on_labels[0]} needs labels and the student sees none: set its weight to 0, or raise "
-            "data.labels."
+            f"losses.{on_labels[0]} needs labels and the student sees none: set its weight to 0, or raise data.labels."
         )
     return goal
 
@@ -231,26 +307,35 @@ def _joined(inits: Sequence[Any]) -> Any:
 
     def init(key: jax.Array) -> Variables:
         made = [init(key) for init in reversed(inits)]
-        return {part: {name: value for one in made for name, value in one[part].items()} for part in ("params", "state")}
+        return {
+            part: {name: value for one in made for name, value in one[part].items()} for part in ("params", "state")
+        }
 
     return init
 
 
 def load_teacher(experiment: Experiment, name: str) -> Variables | None:
-    """The weights that ``init`` of a teacher names, on the host; ``None`` where it is to be trained.
+    """The weights that ``init`` of a teacher or an assistant names, on the host; ``None`` where it is to be trained.
 
     Raises:
       UserError: no checkpoint there, a damaged one, or one of another architecture (names the first parameter).
     """
-    place = member(experiment.config, name).init
+    place = init_of(experiment.config, name)
     if not place:
         return None
-    model = experiment.teachers[name]
+    model = model_of(experiment, name)
     here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     shapes = jax.eval_shape(model.init, jax.random.key(0))
     like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), shapes)
     variables, _ = checkpoint.load_model(checkpoint_folder(place), like)
     return jax.device_get(variables)
+
+
+def init_of(config: ConfigDict, name: str) -> str:
+    """The checkpoint that stands for an arm; "" where it is to be trained, as every student and generation is."""
+    if name == MAIN or name in config.more_teachers:
+        return member(config, name).init
+    return chain.inits(config).get(name, "")
 
 
 def checkpoint_folder(place: str | Path) -> Path:
@@ -292,7 +377,7 @@ def _student_view(dataset: Dataset, config: ConfigDict) -> Split:
             f"data.omit_class={omitted} is not a class: there are {len(dataset.class_names)}, counted from 0."
         )
     kept = np.flatnonzero(dataset.train.labels != omitted)
-    return Split(split.inputs[kept], split.labels[kept])
+    return sources.take(split, kept)
 
 
 def _length(section: Mapping[str, Any]) -> dict[str, Any]:

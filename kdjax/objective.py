@@ -193,7 +193,7 @@ def make_objective(
                 labels=batch["labels"],
                 batch=batch,
                 valid=valid,
-                pairs=_features(one.pairs, student, teachers),
+                pairs=_features(one.pairs, student, teachers, batch),
                 learned=learned["params"].get(name, {}),
                 memory=state.get(name),
                 key=jax.random.fold_in(jax.random.key(0) if key is None else key, index),
@@ -241,7 +241,7 @@ def _activate(name: str, term: Term, given: Mapping[str, Any], setting: Setting)
     values = {**defaults, **given}
     numbers = {option: values[option] for option, default in defaults.items() if isinstance(default, float)}
     for option, value in numbers.items():
-        _check_range(f"losses.{name}.{option}", option, value)
+        check_range(f"losses.{name}.{option}", option, value)
     static = {option: value for option, value in values.items() if option not in numbers}
     if static.get("examples", "all") not in ("all", *weighting.EXAMPLE_WEIGHTS):
         raise unknown(f"losses.{name}.examples", static["examples"], ["all", *weighting.EXAMPLE_WEIGHTS])
@@ -251,7 +251,9 @@ def _activate(name: str, term: Term, given: Mapping[str, Any], setting: Setting)
     pairs = Pairs([], 0)
     if term.taps:
         pairs = pairs_of(name, term, static, setting.student, setting.teacher if term.reads == "taps" else None)
-    return _Active(term, values | static, static, tuple(option for option in numbers if option != "weight"), pairs), numbers
+    return _Active(
+        term, values | static, static, tuple(option for option in numbers if option != "weight"), pairs
+    ), numbers
 
 
 def _sizes(one: _Active, setting: Setting) -> Sizes:
@@ -288,7 +290,9 @@ def _try(active: Mapping[str, _Active], setting: Setting) -> None:
         try:
             jax.eval_shape(value, jax.random.key(0))
         except UserError as error:
-            joined = ", ".join(f"{s} {list(a)} and {t} {list(b)}" for (s, t), (a, b) in zip(one.pairs.pairs, sizes.pairs, strict=True))
+            joined = ", ".join(
+                f"{s} {list(a)} and {t} {list(b)}" for (s, t), (a, b) in zip(one.pairs.pairs, sizes.pairs, strict=True)
+            )
             raise UserError(f"losses.{name} cannot compare {joined}: {error}") from error
 
 
@@ -296,7 +300,7 @@ def _unique(names: Any) -> tuple[str, ...]:
     return tuple(dict.fromkeys(names))
 
 
-def _check_range(path: str, option: str, spec: Any) -> None:
+def check_range(path: str, option: str, spec: Any) -> None:
     """Refuses a number, or a schedule that passes through one, for which the loss has no meaning."""
     numbers = [spec]
     if isinstance(spec, Mapping):
@@ -326,9 +330,16 @@ def _balanced(means, active, hparams, balance, learned, state, epoch_steps) -> A
     return sum(weighted.values(), jnp.zeros((), jnp.float32))
 
 
-def _features(pairs: Pairs, student: Outputs, teachers: Mapping[str, Outputs]) -> list[tuple[Any, Any]]:
+def _features(pairs: Pairs, student: Outputs, teachers: Mapping[str, Outputs], batch: Batch) -> list[tuple[Any, Any]]:
     taught = next(iter(teachers.values())).taps if teachers else {}
-    return [(student.taps[s], taught[t] if t else None) for s, t in pairs.pairs]
+
+    def clean(x: Array) -> Array:
+        """Without what padding holds, which would reach the gradients of learned parts as 0 times NaN."""
+        if "mask" not in batch:
+            return x
+        return jnp.where(batch["mask"].astype(bool).reshape(-1, *(1,) * (x.ndim - 1)), x, 0)
+
+    return [(clean(student.taps[s]), clean(taught[t]) if t else None) for s, t in pairs.pairs]
 
 
 def combine_teachers(logits: Sequence[Array], weights: Sequence[Any], how: str, temperature: Any = 1.0) -> Array:

@@ -147,8 +147,10 @@ def _over_members(members: int, chunk: int) -> Callable[[Callable], Callable]:
         return lambda function: function
     if chunk in (0, members):
         return jax.vmap
-    return lambda function: lambda *arguments: jax.lax.map(
-        lambda member: function(*member), arguments, batch_size=chunk if chunk > 1 else None
+    return lambda function: (
+        lambda *arguments: jax.lax.map(
+            lambda member: function(*member), arguments, batch_size=chunk if chunk > 1 else None
+        )
     )
 
 

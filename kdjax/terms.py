@@ -6,6 +6,7 @@ recompiles. The others (names, flags, sizes) are part of the program.
 """
 
 import inspect
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -14,7 +15,17 @@ import jax
 import jax.numpy as jnp
 
 from kdjax.errors import UserError
-from kdjax.losses import contrastive, feature, feature_learned, projectors, relation, response, response_labels, self_taught, transformer
+from kdjax.losses import (
+    contrastive,
+    feature,
+    feature_learned,
+    projectors,
+    relation,
+    response,
+    response_labels,
+    self_taught,
+    transformer,
+)
 from kdjax.model import Array, Params
 
 Shape = tuple[int, ...]
@@ -132,10 +143,12 @@ def mixed(loss: Callable[..., Array], logits: Array, view: View, options: Option
 
 def _soft(loss: Callable[..., Array]) -> Term:
     """A loss of the student's and the teacher's logits."""
-    return Term(
-        lambda view, options: loss(view.logits, view.teacher_logits(options.get("temperature", 1.0)), **_only(loss, options)),
-        _options(loss),
-    )
+
+    def value(view: View, options: Options) -> Array:
+        teacher = view.teacher_logits(options.get("temperature", 1.0))
+        return loss(view.logits, teacher, **_only(loss, options))
+
+    return Term(value, _options(loss))
 
 
 def _soft_batch(loss: Callable[..., Array]) -> Term:
@@ -266,10 +279,10 @@ def _fsp(view: View, options: Options) -> Array:
         student = projectors.apply(view.learned[str(index)], options["projector"], student)
         matched.append(projectors.match_size(student, teacher))
     values = []
-    for (s1, t1), (s2, t2) in zip(matched, matched[1:], strict=False):
+    for (s1, t1), (s2, t2) in itertools.pairwise(matched):
         s1, s2 = projectors.match_size(s1, s2)
         t1, t2 = projectors.match_size(t1, t2)
-        values.append(relation.fsp(s1, s2, t1, t2))
+        values.append(relation.fsp(s1, s2, t1, t2, **_only(relation.fsp, options)))
     return jnp.mean(jnp.stack(values), axis=0)
 
 
@@ -413,7 +426,7 @@ TERMS: dict[str, Term] = {
     "rkd_angle": _pairwise(relation.rkd_angle, over="batch", prepare=projectors.pool),
     "similarity": _pairwise(relation.similarity_preserving, over="batch"),
     "correlation": _pairwise(relation.correlation_congruence, over="batch", prepare=projectors.pool),
-    "fsp": _tapped(_fsp, {"projector": "linear"}, "uniform", init=_projectors),
+    "fsp": _tapped(_fsp, _options(relation.fsp) | {"projector": "linear"}, "uniform", init=_projectors),
     "ickd": _pairwise(relation.ickd, projector="linear"),
     # Contrast.
     "crd": _contrastive(contrastive.crd),

@@ -95,6 +95,7 @@ def run(
     meta: Mapping[str, Any] | None = None,
     writers: Sequence[Writer] = (),
     evaluate: Callable[[Variables], float] | None = None,
+    programs: dict[Step, tuple[Callable, list[str]]] | None = None,
     say: Callable[[str], None] = print,
 ) -> Finished:
     """Trains an arm to its last step, from its newest checkpoint if there is one.
@@ -107,6 +108,7 @@ def run(
       meta: what identifies the run, saved with each checkpoint; one of other ``meta`` is refused.
       writers: take a line of metrics at each log.
       evaluate: ``evaluate(variables) -> accuracy``.
+      programs: the compiled steps so far, for runs that share them; what is compiled here is added.
       say: takes a sentence for the user.
 
     Raises:
@@ -129,7 +131,11 @@ def run(
             batches = arm.batches(done)
             first: dict[str, jax.Array] | None = sharding.put_batch(next(batches), mesh)
             hparams = jax.device_put(stage.hparams, sharding.replicated(mesh))
-            step, names = compile_step(stage.step, mesh, shardings, current, teachers, first, hparams)
+            if programs is None or stage.step not in programs:
+                compiled = compile_step(stage.step, mesh, shardings, current, teachers, first, hparams)
+                programs = {} if programs is None else programs
+                programs[stage.step] = compiled
+            step, names = programs[stage.step]
             pending: deque[tuple[int, jax.Array]] = deque()
             clock.resume()
             # NOTE: do not change the order of operations. The batch is fetched after the save, and its position is the

@@ -37,7 +37,7 @@ def digits() -> sources.Dataset:
 
 def batch(size: int = 32, start: int = 0) -> dict[str, np.ndarray]:
     """Real digits, as floats around 0."""
-    inputs, labels = digits().train
+    inputs, labels = digits().train[:2]
     ids = np.arange(start, start + size, dtype=np.int32)
     x = inputs[ids].astype(np.float32)
     return {

@@ -12,7 +12,11 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from kdjax import compare_plots, compare_report, compare_results, compare_summary, results
+from kdjax import results
+from kdjax.compare import plots as compare_plots
+from kdjax.compare import report as compare_report
+from kdjax.compare import results as compare_results
+from kdjax.compare import summary as compare_summary
 from kdjax.errors import UserError
 
 EXAMPLES = 10_000

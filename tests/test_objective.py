@@ -11,7 +11,11 @@ from kdjax.model import Outputs
 from kdjax.objective import TERMS, make_objective
 
 # The terms on scores, which need no model; tests/test_terms.py has the others.
-SCORES = [name for name, term in TERMS.items() if not term.taps and not term.init and term.reads in ("labels", "logits", "both")]
+SCORES = [
+    name
+    for name, term in TERMS.items()
+    if not term.taps and not term.init and term.reads in ("labels", "logits", "both")
+]
 SOFT = [name for name in SCORES if TERMS[name].reads == "logits"]
 
 

@@ -107,7 +107,10 @@ def test_padding_changes_neither_value_nor_gradient(term):
 
         return jax.value_and_grad(loss)(params)
 
-    (loss, grads), (loss_padded, grads_padded) = measure(variables["params"], data), measure(variables["params"], padded)
+    (loss, grads), (loss_padded, grads_padded) = (
+        measure(variables["params"], data),
+        measure(variables["params"], padded),
+    )
     np.testing.assert_allclose(loss_padded, loss, rtol=1e-5)
     scale = float(optax.tree.norm(grads))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5 * scale), grads, grads_padded)

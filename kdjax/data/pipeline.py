@@ -15,7 +15,7 @@ from kdjax.data.sources import UNLABELLED, Split
 from kdjax.errors import UserError, unknown
 
 Batch = dict[str, NDArray[Any]]
-_KEYS = ("inputs", "labels", "id", "epoch", "mask")
+_KEYS = ("inputs", "labels", "id", "epoch", "domain", "mask")
 
 
 def train_batches(
@@ -35,12 +35,13 @@ def train_batches(
       process_count: into how many equal blocks a batch is cut.
 
     Returns:
-      Batches of ``inputs`` [b, ...] as in the split, ``labels``, ``id`` (index in the split) and ``epoch``, int32 [b].
+      Batches of ``inputs`` [b, ...] as in the split, ``labels``, ``id`` (index in the split), ``epoch`` and, where the
+      split has it, ``domain``, int32 [b].
 
     Raises:
       UserError: an empty split, or a batch size that the process count does not divide.
     """
-    block = _block(split, batch_size, process_index, process_count)
+    block = block_of(split, batch_size, process_index, process_count)
     if seed < 0:
         raise UserError(f"seed={seed}: give a seed of at least 0.")
 
@@ -48,7 +49,7 @@ def train_batches(
         step = start_step
         while True:
             ids, epochs = order(len(split.labels), seed, step * batch_size + block.start, block.stop - block.start)
-            yield _gather(split, ids, epochs)
+            yield gather(split, ids, epochs)
             step += 1
 
     return batches()
@@ -77,7 +78,7 @@ def eval_batches(split: Split, *, batch_size: int, process_index: int = 0, proce
     Returns:
       Batches as those of ``train_batches`` (epoch 0), and ``mask``, float32 [b]: 1 for a real example, 0 for padding.
     """
-    block = _block(split, batch_size, process_index, process_count)
+    block = block_of(split, batch_size, process_index, process_count)
     examples = len(split.labels)
 
     def batches() -> Iterator[Batch]:
@@ -85,7 +86,7 @@ def eval_batches(split: Split, *, batch_size: int, process_index: int = 0, proce
             places = np.arange(first + block.start, first + block.stop)
             mask = places < examples
             ids = np.where(mask, places, 0).astype(np.int32)
-            yield {**_gather(split, ids, np.zeros_like(ids)), "mask": mask.astype(np.float32)}
+            yield {**gather(split, ids, np.zeros_like(ids)), "mask": mask.astype(np.float32)}
 
     return batches()
 
@@ -95,8 +96,8 @@ def from_iterable(iterable: Iterable[Any], *, repeat: bool = False) -> Iterator[
 
     Args:
       iterable: of ``(inputs, labels)`` pairs or of dicts with ``inputs`` and any of ``labels`` (absent: -1,
-        unlabelled), ``id`` (absent: counted from 0 through each pass), ``epoch`` (absent: the number of the pass)
-        and ``mask``.
+        unlabelled), ``id`` (absent: counted from 0 through each pass), ``epoch`` (absent: the number of the pass),
+        ``domain`` and ``mask``; the last two in all batches or in none.
         Give ``id`` where the order changes from pass to pass and anything is keyed by example.
       repeat: begin anew at the end; the iterable must then be one that can be walked over repeatedly.
 
@@ -107,6 +108,7 @@ def from_iterable(iterable: Iterable[Any], *, repeat: bool = False) -> Iterator[
       UserError: on reaching a batch that is neither pair nor dict, or whose shapes or types do not fit.
     """
     shape: tuple[int, ...] | None = None
+    keys: list[str] | None = None
     epoch = 0
     while True:
         seen = 0
@@ -116,6 +118,9 @@ def from_iterable(iterable: Iterable[Any], *, repeat: bool = False) -> Iterator[
             shape = shape or found
             if found != shape:
                 raise UserError(f"batch {number} has inputs of shape {found}, and those before it have {shape}.")
+            keys = keys or [*batch]
+            if [*batch] != keys:
+                raise UserError(f"batch {number} has {', '.join(batch)}, and those before it {', '.join(keys)}.")
             seen += len(batch["labels"])
             yield batch
         if not seen:
@@ -126,7 +131,8 @@ def from_iterable(iterable: Iterable[Any], *, repeat: bool = False) -> Iterator[
         epoch += 1
 
 
-def _block(split: Split, batch_size: int, process_index: int, process_count: int) -> slice:
+def block_of(split: Split, batch_size: int, process_index: int, process_count: int) -> slice:
+    """The places in a global batch that a process has; errors are those of ``train_batches``."""
     if not len(split.labels):
         raise UserError("there are no examples to make batches of: the split is empty.")
     if batch_size < 1 or batch_size % process_count:
@@ -135,8 +141,10 @@ def _block(split: Split, batch_size: int, process_index: int, process_count: int
     return slice(process_index * size, (process_index + 1) * size)
 
 
-def _gather(split: Split, ids: NDArray[np.int32], epochs: NDArray[np.int32]) -> Batch:
-    return {"inputs": split.inputs[ids], "labels": split.labels[ids], "id": ids, "epoch": epochs}
+def gather(split: Split, ids: NDArray[np.int32], epochs: NDArray[np.int32]) -> Batch:
+    """The examples of these ids as a batch; ``ids`` and ``epochs`` are int32 [b]."""
+    batch = {"inputs": split.inputs[ids], "labels": split.labels[ids], "id": ids, "epoch": epochs}
+    return batch if split.domain is None else {**batch, "domain": split.domain[ids]}
 
 
 def _normalised(raw: Any, number: int, seen: int, epoch: int) -> Batch:

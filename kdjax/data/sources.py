@@ -19,6 +19,7 @@ class Split(NamedTuple):
 
     inputs: NDArray[Any]  # [n, h, w, c] uint8 or float32
     labels: NDArray[np.int32]  # [n], -1: unlabelled
+    domain: NDArray[np.int32] | None = None  # [n], from 0 on: where each example comes from; or its task
 
 
 class Dataset(NamedTuple):
@@ -48,9 +49,10 @@ def load(config_data: Mapping[str, Any]) -> Dataset:
     name = config_data["name"]
     options = dict(config_data.get("options") or {})
     if name.startswith(_TFDS):
-        if options:
-            raise UserError(f"data.options has {', '.join(options)}, but {name} takes no options: remove them.")
-        return _tfds(name, config_data.get("data_dir") or None)
+        for option in options:
+            if option != "domain":
+                raise unknown(f"option of the data set {name}", option, ["domain"])
+        return _tfds(name, config_data.get("data_dir") or None, **options)
     if name not in SOURCES:
         raise unknown("data set", name, [*SOURCES, f"{_TFDS}NAME"])
     source = SOURCES[name]
@@ -66,8 +68,8 @@ def load(config_data: Mapping[str, Any]) -> Dataset:
 
 
 def from_arrays(
-    train: tuple[ArrayLike, ArrayLike],
-    test: tuple[ArrayLike, ArrayLike],
+    train: Sequence[ArrayLike],
+    test: Sequence[ArrayLike],
     class_names: Sequence[str] | None = None,
     *,
     name: str = "arrays",
@@ -75,8 +77,9 @@ def from_arrays(
     """A data set of the user's own arrays.
 
     Args:
-      train: (inputs [n, h, w, c], labels [n]); uint8 inputs are not copied, floating ones become float32. Other shapes
-        than images work with models that take them. Label -1: unlabelled.
+      train: (inputs [n, h, w, c], labels [n]), or with the number of each example's domain [n] as a third; uint8 inputs
+        are not copied, floating ones become float32. Other shapes than images work with models that take them. Label
+        -1: unlabelled.
       test: the same, for evaluation.
       class_names: one name per class; numbers up to the largest label where not given.
       name: what reports call the data set.
@@ -84,7 +87,11 @@ def from_arrays(
     Raises:
       UserError: whatever ``validate`` finds.
     """
-    splits = [Split(_as_inputs(x, where), _as_labels(y, where)) for where, (x, y) in (("train", train), ("test", test))]
+    splits = []
+    for where, arrays in (("train", train), ("test", test)):
+        if len(arrays) not in (2, 3):
+            raise UserError(f"{where} holds {len(arrays)} arrays: give (inputs, labels) or (inputs, labels, domain).")
+        splits.append(as_split(*arrays, where=where))
     if class_names is None:
         highest = max((int(split.labels.max()) for split in splits if split.labels.size), default=-1)
         class_names = [str(label) for label in range(highest + 1)]
@@ -93,10 +100,18 @@ def from_arrays(
     return dataset
 
 
-def as_split(inputs: ArrayLike, labels: ArrayLike | None = None) -> Split:
-    """The user's arrays as a split; without labels, every example is unlabelled."""
-    x = _as_inputs(inputs, "train")
-    return Split(x, np.full(len(x), UNLABELLED, np.int32) if labels is None else _as_labels(labels, "train"))
+def as_split(
+    inputs: ArrayLike, labels: ArrayLike | None = None, domain: ArrayLike | None = None, *, where: str = "train"
+) -> Split:
+    """The user's arrays as a split, which messages call ``where``; without labels, every example is unlabelled."""
+    x = _as_inputs(inputs, where)
+    y = np.full(len(x), UNLABELLED, np.int32) if labels is None else _as_labels(labels, where)
+    return Split(x, y, None if domain is None else _as_domain(domain, where))
+
+
+def take(split: Split, ids: NDArray[Any]) -> Split:
+    """The examples of these ids, in this order."""
+    return Split(split.inputs[ids], split.labels[ids], None if split.domain is None else split.domain[ids])
 
 
 def validate(dataset: Dataset) -> None:
@@ -117,7 +132,7 @@ def validate(dataset: Dataset) -> None:
 
 def check_split(split: Split, classes: int, what: str) -> None:
     """What ``validate`` checks of one split, which messages call ``what``."""
-    inputs, labels = split
+    inputs, labels, domain = split
     if not len(inputs):
         raise UserError(f"{what} is empty: it needs at least one example.")
     if inputs.ndim < 2 or 0 in inputs.shape:
@@ -132,7 +147,33 @@ def check_split(split: Split, classes: int, what: str) -> None:
             f"label {labels[wrong[0]]} of example {wrong[0]} in {what} is out of range: {classes} classes are numbered "
             f"0 to {classes - 1}, and {UNLABELLED} means unlabelled."
         )
+    if domain is not None:
+        if domain.shape != inputs.shape[:1]:
+            raise UserError(f"{what} has {len(inputs)} inputs, but domains of shape {domain.shape}: give one each.")
+        if domain.min() < 0:
+            raise UserError(
+                f"domain {domain.min()} of example {domain.argmin()} in {what}: domains are numbered from 0."
+            )
     _check_finite(inputs, what)
+
+
+def check_routes(dataset: Dataset, teachers: Sequence[str]) -> None:
+    """Refuses data whose domains do not say which of these teachers to ask about each example.
+
+    Raises:
+      UserError: a split without domains, or a domain that has no teacher.
+    """
+    for where, split in (("train", dataset.train), ("test", dataset.test)):
+        if split.domain is None:
+            raise UserError(
+                f'teacher.combine="routed" asks the teacher of each example\'s domain, and the {where} split of '
+                f"{dataset.name} has no domains: give them with the data (data.options), or combine otherwise."
+            )
+        if split.domain.max() >= len(teachers):
+            raise UserError(
+                f"domain {split.domain.max()} of example {split.domain.argmax()} in the {where} split of "
+                f"{dataset.name} has no teacher: there are {len(teachers)} ({', '.join(teachers)}), counted from 0."
+            )
 
 
 def hide_labels(labels: NDArray[np.int32], share: float, seed: int) -> NDArray[np.int32]:
@@ -170,33 +211,39 @@ def _digits() -> Dataset:
     return _with_statistics("digits", train, test, tuple(str(digit) for digit in range(10)))
 
 
-def _synthetic(*, shape: Sequence[int] = (32, 32, 3), classes: int = 10, examples: int = 512, seed: int = 0) -> Dataset:
-    """Images of any size that can be learnt: a coarse pattern per class, under noise. A quarter as many to test."""
-    if len(shape) != 3 or min(shape) < 1 or classes < 2 or examples < 1:
+def _synthetic(
+    *, shape: Sequence[int] = (32, 32, 3), classes: int = 10, examples: int = 512, domains: int = 1, seed: int = 0
+) -> Dataset:
+    """Images of any size that can be learnt: a coarse pattern per class, under noise. A quarter as many to test.
+
+    With several domains, each class has a pattern in each of them, and an example tells its domain."""
+    if len(shape) != 3 or min(shape) < 1 or classes < 2 or examples < 1 or domains < 1:
         raise UserError(
             f"data.options of synthetic: shape={tuple(shape)}, classes={classes}, examples={examples}, "
-            "but shape is (height, width, channels), with at least 2 classes and 1 example."
+            f"domains={domains}, but shape is (height, width, channels), with at least 2 classes, 1 example, 1 domain."
         )
     height, width, channels = shape
     rng = np.random.default_rng(seed)
-    patterns = rng.normal(128.0, 48.0, (classes, 4, 4, channels)).astype(np.float32)
+    patterns = rng.normal(128.0, 48.0, (domains * classes, 4, 4, channels)).astype(np.float32)
     rows, columns = np.arange(height) * 4 // height, np.arange(width) * 4 // width
 
     def make(count: int) -> Split:
-        labels = rng.permutation(np.arange(count, dtype=np.int32) % classes)
+        kinds = rng.permutation(np.arange(count, dtype=np.int32) % (domains * classes))
         inputs = np.empty((count, height, width, channels), np.uint8)
         for first in range(0, count, 64):
-            clean = patterns[labels[first : first + 64]][:, rows][:, :, columns]
+            clean = patterns[kinds[first : first + 64]][:, rows][:, :, columns]
             noisy = clean + 32.0 * rng.standard_normal(clean.shape, np.float32)
             inputs[first : first + 64] = noisy.clip(0, 255)
-        return Split(inputs, labels)
+        return Split(inputs, kinds % classes, kinds // classes if domains > 1 else None)
 
     names = tuple(str(label) for label in range(classes))
     return _with_statistics("synthetic", make(examples), make(max(examples // 4, 1)), names)
 
 
-def _tfds(name: str, data_dir: str | None) -> Dataset:
-    """An image classification set that TFDS has prepared as ArrayRecord files: read without TensorFlow."""
+def _tfds(name: str, data_dir: str | None, domain: str = "") -> Dataset:
+    """An image classification set that TFDS has prepared as ArrayRecord files: read without TensorFlow.
+
+    ``domain`` names the feature that says where an example comes from; none where it is empty."""
     import tensorflow_datasets as tfds  # slow to import, and only this source needs it
 
     short = name.removeprefix(_TFDS)
@@ -213,6 +260,8 @@ def _tfds(name: str, data_dir: str | None) -> Dataset:
     if not builder.info.splits:
         raise UserError(f"data set {name} is not prepared in {where}; {remedy}.")
     image, label = _image_and_label(name, builder.info, tfds)
+    if domain:
+        _check_domain_feature(name, builder.info, domain)
     test = next((split for split in ("test", "validation") if split in builder.info.splits), None)
     if "train" not in builder.info.splits or test is None:
         raise UserError(f"data set {name} has the splits {', '.join(builder.info.splits)}: train and test are needed.")
@@ -220,7 +269,7 @@ def _tfds(name: str, data_dir: str | None) -> Dataset:
         sources = [builder.as_data_source(split=split) for split in ("train", test)]
     except NotImplementedError:
         raise UserError(f"data set {name} in {where} is not in the ArrayRecord format; {remedy}.") from None
-    splits = [_read(source, image, label, builder.info.features[image].shape) for source in sources]
+    splits = [_read(source, image, label, domain, builder.info.features[image].shape) for source in sources]
     return _with_statistics(name, splits[0], splits[1], tuple(builder.info.features[label].names))
 
 
@@ -237,19 +286,33 @@ def _image_and_label(name: str, info: Any, tfds: Any) -> tuple[str, str]:
     return keys
 
 
-def _read(source: Any, image: str, label: str, shape: tuple[int, ...]) -> Split:
+def _check_domain_feature(name: str, info: Any, domain: str) -> None:
+    if domain not in info.features:
+        raise unknown(f"feature of {name} (data.options.domain)", domain, info.features)
+    feature = info.features[domain]
+    if feature.shape != () or not np.issubdtype(feature.np_dtype, np.integer):
+        raise UserError(
+            f"data.options.domain={domain!r}: that feature of {name} is {feature.np_dtype} of shape {feature.shape}, "
+            "and a domain is one integer."
+        )
+
+
+def _read(source: Any, image: str, label: str, domain: str, shape: tuple[int, ...]) -> Split:
     """Decodes a whole split into memory; decoding releases Python's lock, so that threads share the work."""
     inputs = np.empty((len(source), *shape), np.uint8)
     labels = np.empty(len(source), np.int32)
+    domains = np.empty(len(source), np.int32) if domain else None
 
     def read(first: int) -> None:
         ids = range(first, min(first + _CHUNK, len(source)))
         for index, example in zip(ids, source.__getitems__(list(ids)), strict=True):
             inputs[index], labels[index] = example[image], example[label]
+            if domains is not None:
+                domains[index] = example[domain]
 
     with ThreadPoolExecutor() as pool:
         list(pool.map(read, range(0, len(source), _CHUNK)))
-    return Split(inputs, labels)
+    return Split(inputs, labels, domains)
 
 
 def _with_statistics(name: str, train: Split, test: Split, class_names: tuple[str, ...]) -> Dataset:
@@ -288,6 +351,13 @@ def _as_labels(values: ArrayLike, where: str) -> NDArray[np.int32]:
     if not np.issubdtype(labels.dtype, np.integer):
         raise UserError(f"{where} labels are {labels.dtype}: give integers from 0 on, {UNLABELLED} for unlabelled.")
     return labels.astype(np.int32, copy=False)
+
+
+def _as_domain(values: ArrayLike, where: str) -> NDArray[np.int32]:
+    domain = np.asarray(values)
+    if not np.issubdtype(domain.dtype, np.integer):
+        raise UserError(f"{where} domains are {domain.dtype}: give integers from 0 on.")
+    return domain.astype(np.int32, copy=False)
 
 
 def _check_finite(inputs: NDArray[Any], what: str) -> None:

@@ -32,7 +32,7 @@ def rkd_distance(student: Array, teacher: Array, mask: Array | None = None, *, v
 
     d are Euclidean distances, μ each side's mean distance over the pairs, Huber(x) = ½ x² for |x| <= 1, else |x| - ½.
     Blind to a translation, rotation or scale of either side. paper: the mean over the n (n - 1) pairs. repdistiller
-    (and the authors' code): the sum divided by n², as it counts the zeros of i = j.
+    (and the authors' code): the sum divided by n², as it counts the zeros of i = j. Memory: up to b² c floats.
 
     Args:
         student, teacher: [b, ...], float.

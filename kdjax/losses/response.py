@@ -321,7 +321,8 @@ def combine_logits(
 
     Args:
         teacher_logits: n arrays of one shape [..., classes], float.
-        weights: [n], not negative, with a positive sum; they are divided by their sum.
+        weights: [n], or [n, ...] for weights of each position; not negative. They are divided by their sum over the
+            teachers; where all are 0, as in padding, the teachers count alike.
         how: "probabilities" or "logits".
         temperature: T > 0; unused by "logits".
 
@@ -334,20 +335,22 @@ def combine_logits(
     Source: Hinton et al. 2015, section 1 (arithmetic or geometric mean of an ensemble's distributions).
     """
     weights_n = jnp.asarray(weights, jnp.float32)
-    if not teacher_logits or weights_n.shape != (len(teacher_logits),):
+    count = len(teacher_logits)
+    if not count or weights_n.shape not in ((count,), (count, *teacher_logits[0].shape[:-1])):
         raise UserError(
-            f"{len(teacher_logits)} teachers need as many weights, not weights of shape {weights_n.shape}: "
-            "give one weight per teacher."
+            f"{count} teachers need as many weights, not weights of shape {weights_n.shape}: give one weight per "
+            "teacher, or one per teacher and position."
         )
     for logits in teacher_logits[1:]:
         _require_same_shape(logits, teacher_logits[0])
-    weights_n = weights_n / jnp.sum(weights_n)
-    weighted = [(weights_n[i], logits) for i, logits in enumerate(teacher_logits)]
+    total = jnp.sum(weights_n, axis=0, keepdims=True)
+    shares_n = jnp.where(total > 0, weights_n / jnp.where(total > 0, total, 1.0), 1.0 / count)
+    weighted = [(w[..., None] if w.ndim else w, z) for w, z in zip(shares_n, teacher_logits, strict=True)]
+    # A teacher of weight 0 has no say, not even in what it rules out or cannot tell (0 · -inf and 0 · NaN are NaN).
     if how == "probabilities":
-        parts = (jnp.log(w) + _log_softmax(z, temperature) for w, z in weighted)
+        parts = (jnp.where(w > 0, jnp.log(w) + _log_softmax(z, temperature), -jnp.inf) for w, z in weighted)
         return temperature * functools.reduce(jnp.logaddexp, parts)
     if how == "logits":
-        # A teacher of weight 0 has no say, not even in what it rules out (0 · -inf would be NaN).
         return functools.reduce(jnp.add, (jnp.where(w > 0, w * z.astype(jnp.float32), 0.0) for w, z in weighted))
     raise unknown("combination of teachers", how, COMBINATIONS)
 

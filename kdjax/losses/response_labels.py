@@ -175,10 +175,7 @@ def teacher_free(
 
 
 def _label_mask(student_logits: Array, teacher_logits: Array, labels: Array) -> tuple[Array, Array]:
-    """([..., classes] bool, the label's class; [...] bool, whether there is a label).
-
-    Where there is none, class 0 stands in: the position's arithmetic stays finite, and its result is dropped.
-    """
+    """([..., classes] bool, the label's class; [...] bool, whether there is a label)."""
     _require_same_shape(student_logits, teacher_logits)
     classes = student_logits.shape[-1]
     if student_logits.shape[:-1] != labels.shape:
@@ -188,8 +185,9 @@ def _label_mask(student_logits: Array, teacher_logits: Array, labels: Array) -> 
         )
     if classes < 2:
         raise UserError(f"logits of shape {student_logits.shape} have a single class: give logits of 2 or more.")
-    labelled = (labels >= 0) & (labels < classes)
-    return jax.nn.one_hot(jnp.where(labelled, labels, 0), classes, dtype=jnp.bool_), labelled
+    # A mask instead of a gather: no label reads out of bounds, and without one the arithmetic stays finite.
+    is_label = jax.nn.one_hot(labels, classes, dtype=jnp.bool_)
+    return is_label, jnp.any(is_label, axis=-1)
 
 
 def _at_label(values: Array, is_label: Array) -> Array:

@@ -15,9 +15,7 @@ Scalar = float | Array
 Shape = tuple[int, ...]
 
 
-def init_exits(
-    key: Array, shapes: list[Shape], classes: int, *, projector: str = "linear", hidden: int = 64
-) -> Params:
+def init_exits(key: Array, shapes: list[Shape], classes: int, *, projector: str = "linear", hidden: int = 64) -> Params:
     """Classifiers for the student's earlier layers, and what maps their features to the width of the last one's.
 
     Args:

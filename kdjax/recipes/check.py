@@ -103,7 +103,9 @@ def _of_models(experiment: Experiment) -> list[Check]:
     placed = train.put_teachers(teachers, mesh, experiment.config.sharding.teacher)
     arm = experiments.make_arm(experiment, DISTILLED, placed)
     state = train.fresh_state(arm, mesh)
-    other = train.fresh_state(arm._replace(keys=arm.keys._replace(student=jax.random.fold_in(arm.keys.student, 1))), mesh)
+    other = train.fresh_state(
+        arm._replace(keys=arm.keys._replace(student=jax.random.fold_in(arm.keys.student, 1))), mesh
+    )
     batch = _small_batch(experiment, arm)
     equal = EQUAL[experiment.config.train.dtype]
     frozen = student._replace(

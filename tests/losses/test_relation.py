@@ -258,7 +258,7 @@ def test_equal_sides_are_a_fixed_point(dtype):
     x = jnp.asarray(some(20, (6, 5)), dtype)
     losses, grads = every_loss(x, x), every_gradient(x, x)
     for name in RELATIONS:
-        assert losses[name].dtype == jnp.float32 and abs(losses[name]) < 1e-10, name
+        assert losses[name].dtype == jnp.float32 and abs(losses[name]) < 1e-7, name
         assert grads[name].dtype == dtype and jnp.max(jnp.abs(grads[name])) < 1e-6, name
     maps = jnp.asarray(some(21, (2, 3, 3, 4)), dtype)
     for loss in (lambda s: relation.fsp(s, s[..., :2], maps, maps[..., :2]), lambda s: relation.ickd(s, maps)):
@@ -341,7 +341,7 @@ def test_degenerate_features_stay_finite(of_student):
         losses, grads = every_loss(student, teacher), every_gradient(student, teacher)
         for name in RELATIONS:
             assert np.isfinite(losses[name]) and np.all(np.isfinite(grads[name])), (name, of_student, of_teacher)
-            assert losses[name] >= 0, (name, of_student, of_teacher)
+            assert losses[name] > -1e-7, (name, of_student, of_teacher)
             if of_student in ("zeros", "equal rows") and name == "cka":
                 assert losses[name] == 1 and not np.any(grads[name])
     maps = jnp.zeros((2, 3, 3, 3))

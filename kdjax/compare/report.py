@@ -1,6 +1,6 @@
 """``report.html`` of a comparison: one self-contained page, without a script or a request to anywhere.
 
-``compare_plots.py`` draws, ``compare_summary.py`` has the figures and the sentences, ``report_html.py`` the look.
+``plots.py`` draws, ``summary.py`` has the figures and the sentences, ``report_html.py`` the look.
 """
 
 import itertools
@@ -12,10 +12,11 @@ from typing import Any
 
 import numpy as np
 
-from kdjax import compare_plots as plots
-from kdjax import compare_results, statistics
 from kdjax import report_html as ui
-from kdjax.compare_summary import (
+from kdjax import statistics
+from kdjax.compare import plots
+from kdjax.compare import results as contract
+from kdjax.compare.summary import (
     BETTER,
     TIED,
     WORSE,
@@ -44,8 +45,8 @@ Row = Mapping[str, Any]
 
 
 def write_report(path: str | os.PathLike[str], results: Mapping[str, Any]) -> None:
-    """Checks the contract (``compare_results.validate``), then writes the page whole or not at all."""
-    compare_results.validate(results)
+    """Checks the contract (``contract.validate``), then writes the page whole or not at all."""
+    contract.validate(results)
     write_atomic(path, page(results))
 
 

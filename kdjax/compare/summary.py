@@ -13,8 +13,9 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from kdjax import compare_results, statistics
 from kdjax import report_html as ui
+from kdjax import statistics
+from kdjax.compare import results as contract
 from kdjax.results import noise_points
 
 BETTER, WORSE, TIED = "better", "worse", "not told apart"
@@ -44,7 +45,7 @@ def summarise(results: Mapping[str, Any]) -> list[dict[str, Any]]:
     cost = methods[baseline if baseline is not None else control]
     rows = []
     for name, method in methods.items():
-        means = {key: float(np.mean([cell[key] for cell in method["cells"]])) for key in compare_results.CELL}
+        means = {key: float(np.mean([cell[key] for cell in method["cells"]])) for key in contract.CELL}
         ratio = lambda key, method=method: method[key] / cost[key] if cost[key] else None
         rows.append(
             {

@@ -1,0 +1,1 @@
+"""A comparison of methods: its results, its statistics for people, its report."""
