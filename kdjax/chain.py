@@ -34,14 +34,14 @@ def configs_of(config: ConfigDict, taken: Collection[str], student: str) -> dict
         raise UserError(f"generations={config.generations} and should be 1 or more: 1 distils the student once.")
     if config.generations > 1 and config.student.reuse_classifier:
         raise UserError(
-            "student.reuse_classifier takes over the classifier of a bundled model, and a later generation's teacher is "
-            "a student: set generations=1."
+            "student.reuse_classifier takes over the teacher's own classifier, and the teacher of a later generation "
+            "has taken over its own: set generations=1."
         )
     sections: dict[str, Mapping[str, Any]] = {}
     for name, section in sorted(config.assistants.items()):
         if "name" not in section:
             raise UserError(f"assistants.{name} has no model: give it a name, such as 'cnn'.")
-        sections[f"assistant_{name}"] = {"options": {}, **section.to_dict(), "reuse_classifier": False}
+        sections[f"assistant_{name}"] = {"options": {}, **section.to_dict()}
     for number in range(1, config.generations):
         sections[f"generation_{number}"] = config.student.to_dict()
     for name in sections:

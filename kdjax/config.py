@@ -16,7 +16,7 @@ from kdjax.errors import UserError, unknown
 # Subtrees in which a user may add keys; what is put there is checked by the code that reads it.
 _OPEN = (
     *("data.options", "teacher.options", "teacher.augment", "student.options"),
-    *("more_teachers", "assistants", "stages", "mesh"),
+    *("more_teachers", "assistants", "peers", "stages", "mesh"),
 )
 # What does not change the result, and so may change when a run is resumed.
 _FREE = ("checkpoint", "log")
@@ -71,6 +71,7 @@ def default() -> ConfigDict:
     }
     config.assistants = {}  # name -> {name, options, init}: between teacher and student, in the order of their names
     config.generations = 1  # how often the student is distilled, each time from the student before
+    config.peers = {}  # name -> {name, options}: students that learn beside the student, and it from them (losses.mutual)
     config.losses = objective.default_losses()  # every term, switched off
     config.losses.kl.update(weight=0.9, temperature=4.0)
     config.losses.ce.update(weight=0.1)
@@ -148,7 +149,7 @@ def resolve(config: ConfigDict) -> ConfigDict:
     Raises:
       UserError: an unknown key (names the nearest) or a value of the wrong type.
     """
-    config = ConfigDict(config.to_dict(), type_safe=False)
+    config = _filled(config)
     _check(config.to_dict(), default().to_dict(), "")
     _check(config.teacher.augment.to_dict(), default().data.augment.to_dict(), "teacher.augment.")
     for name, stage in config.stages.items():
@@ -159,9 +160,19 @@ def resolve(config: ConfigDict) -> ConfigDict:
         )
     for name, extra in config.assistants.items():
         _check(extra.to_dict(), {"name": "", "options": {}, "init": ""}, f"assistants.{name}.")
-    for key in ("seed", "reuse_classifier"):  # which a student that is set as a whole leaves out
-        config.student[key] = config.student.get(key, default().student[key])
+    for name, extra in config.peers.items():
+        _check(extra.to_dict(), {"name": "", "options": {}}, f"peers.{name}.")
+        for key, default_value in {"name": config.student.name, "options": {}}.items():
+            extra[key] = extra.get(key, default_value)
     return config.lock()
+
+
+def _filled(config: ConfigDict) -> ConfigDict:
+    """A copy with what a student that is set as a whole leaves out."""
+    config = ConfigDict(config.to_dict(), type_safe=False)
+    for key in ("seed", "reuse_classifier"):
+        config.student[key] = config.student.get(key, default().student[key])
+    return config
 
 
 MEMBER_KEYS = ("name", "options", "init", "weight")
@@ -177,7 +188,7 @@ def override(config: ConfigDict, words: Sequence[str]) -> ConfigDict:
     Raises:
       UserError: an unknown key (names the nearest), or a word without a value.
     """
-    changed = ConfigDict(config.to_dict(), type_safe=False)
+    changed = _filled(config)
     named = {word.removeprefix("--config.").partition("=")[0] for word in words}
     for part in ("teacher", "student"):
         if f"{part}.name" in named and not any(key.startswith(f"{part}.options") for key in named):
@@ -252,7 +263,7 @@ def _check(found: Mapping[str, Any], expected: Mapping[str, Any], prefix: str) -
         path = prefix + key
         if key not in expected:
             raise unknown_key(path, {prefix + name: None for name in expected})
-        if path in _OPEN or (prefix.startswith(("more_teachers.", "assistants.")) and key == "options"):
+        if path in _OPEN or (prefix.startswith(("more_teachers.", "assistants.", "peers.")) and key == "options"):
             _require(isinstance(value, Mapping), path, "a mapping of options", value)
         elif _is_schedule(value) and isinstance(expected[key], int | float | Mapping):
             continue  # schedules.make checks it

@@ -50,6 +50,7 @@ class Experiment(NamedTuple):
     distilled: Model  # the student as it is distilled: itself, or with the teacher's classifier
     config_sha256: str
     links: Mapping[str, Link] = MappingProxyType({})  # by arm, the distilled student the last; empty without a chain
+    peers: tuple[Model, ...] = ()  # that learn beside the distilled student
     difficulty: NDArray[np.float32] | None = None  # of each example of student_train, for a curriculum
 
     @property
@@ -99,11 +100,13 @@ def prepare(config: ConfigDict, dataset: Dataset | None = None) -> Experiment:
         student=student,
         distilled=student,
         config_sha256=configs.sha256(config),
+        peers=tuple(build(config.peers[name]) for name in config.peers),
     )
     experiment = _with_classifier(_with_links(experiment, build))
     for name in (MAIN, *experiment.links, *STUDENTS):
         arm = make_arm(experiment, name)  # every objective, schedule and optimiser once, to refuse what cannot be built
-        if name in experiment.links and not any(stage.objective.uses_teacher for stage in arm.stages):
+        asks = any(stage.objective and stage.objective.uses_teacher for stage in arm.stages)
+        if name in experiment.links and not asks:
             raise UserError(
                 "assistants and generations hand on what the teacher says, and no loss term asks it: set the weight of "
                 "one that does, such as losses.kl.weight."
@@ -126,10 +129,11 @@ def _with_classifier(experiment: Experiment) -> Experiment:
     """With the teacher's classifier in the place of the distilled student's, where the config asks for that."""
     if not experiment.config.student.reuse_classifier:
         return experiment
-    images = classification.make_normalise(experiment.dataset)({"inputs": experiment.dataset.train.inputs[:8]})
+    some = {"inputs": jnp.asarray(experiment.dataset.train.inputs[:8])}
+    images = classification.make_normalise(experiment.dataset)(some)["inputs"]
     link = experiment.links.get(DISTILLED)
     teacher = (link or experiment).teachers[MAIN]
-    distilled = reuse.reuse_classifier(experiment.student, teacher, images["inputs"])
+    distilled = reuse.reuse_classifier(experiment.student, teacher, images)
     links = {**experiment.links, DISTILLED: link._replace(distilled=distilled)} if link else {}
     return experiment._replace(distilled=distilled, links=links)
 
@@ -282,6 +286,7 @@ def _objective(experiment: Experiment, name: str, plan: Plan, examples: int, per
         classes=experiment.classes,
         examples=examples,
         epoch_steps=max(round(per_epoch), 1),
+        peers=experiment.peers,
     )
     balance = config.balance if name == DISTILLED else "fixed"
     goal = objective.make_objective(plan.losses, weights, config.teacher.combine, setting=setting, balance=balance)

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from kdjax import losses, weighting
 from kdjax.errors import UserError, unknown
-from kdjax.model import Array, Outputs, Variables
+from kdjax.model import Array, Model, Outputs, Variables
 from kdjax.taps import Network, Pairs, pairs_of
 from kdjax.terms import TERMS, Sizes, Term, View
 
@@ -62,6 +62,7 @@ class Setting(NamedTuple):
     classes: int = 0
     examples: int = 0  # of the student's training split
     epoch_steps: int = 1
+    peers: tuple[Model, ...] = ()  # that learn beside the student
 
 
 class _Active(NamedTuple):
@@ -198,6 +199,7 @@ def make_objective(
                 memory=state.get(name),
                 key=jax.random.fold_in(jax.random.key(0) if key is None else key, index),
                 ema_logits=ema_logits,
+                peers=setting.peers,
             )
             value = one.term.loss(view, one.static | {option: hparams[f"{name}.{option}"] for option in one.numbers})
             if one.term.memory:
@@ -259,7 +261,7 @@ def _activate(name: str, term: Term, given: Mapping[str, Any], setting: Setting)
 def _sizes(one: _Active, setting: Setting) -> Sizes:
     shape = lambda network, tap: network.taps[tap] if tap else ()
     pairs = [(shape(setting.student, s), shape(setting.teacher, t)) for s, t in one.pairs.pairs]
-    return Sizes(pairs, one.pairs.student_layers, setting.classes, setting.examples)
+    return Sizes(pairs, one.pairs.student_layers, setting.classes, setting.examples, setting.peers)
 
 
 def _try(active: Mapping[str, _Active], setting: Setting) -> None:

@@ -17,7 +17,7 @@ import numpy as np
 from kdjax import metrics, report_plots
 from kdjax import report_html as ui
 from kdjax.errors import UserError
-from kdjax.results import ARMS, bytes_text, caveat, headline, rows
+from kdjax.results import ARMS, bytes_text, caveat, headline, link_label, rows
 from kdjax.writers import write_atomic
 
 MAX_CLASSES = 30  # above that, plots of all classes become lists of the worst
@@ -138,7 +138,23 @@ def _results(run: Run) -> str:
     head = ["", *(ui.arm_label(name) for name in run.results["arms"])]
     body = [[escape(label), *map(escape, texts)] for label, texts in rows(run.results)]
     note = "Test set, last step: no step was chosen by its test accuracy. NLL and KL in nats."
-    return ui.table(head, body) + ui.note(note) + _paired(run)
+    return ui.table(head, body) + ui.note(note) + _paired(run) + _chain(run)
+
+
+def _chain(run: Run) -> str:
+    """The links between the teacher and the distilled student, each of which taught the next."""
+    links = run.results.get("chain", [])
+    if not links:
+        return ""
+    head = ["taught the next", "parameters", "accuracy", "agrees with teacher", "KL(teacher ‖ link)", "updates"]
+    body = []
+    for link in links:
+        test, fidelity = link["test"], link["fidelity"]
+        shares = (ui.percent(share) for share in (test["accuracy"], fidelity["agreement"]))
+        numbers = (f"{fidelity['kl']:.4f}", f"{link['steps']:,}")
+        body.append([escape(link_label(link)), f"{link['params']:,}", *shares, *numbers])
+    note = "From the teacher to the distilled student by way of these, in this order; fidelity is to the first teacher."
+    return ui.note(note) + ui.table(head, body)
 
 
 def _paired(run: Run) -> str:

@@ -8,7 +8,7 @@ import os
 import platform
 import subprocess
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -66,9 +66,8 @@ def arm_result(
         latency_ms: what ``latency`` returned.
         params_sha256: hex digest of the parameters.
     """
-    leaves = jax.tree.leaves(variables["params"])
     return {
-        "params": sum(math.prod(leaf.shape) for leaf in leaves),
+        "params": _count(variables),
         "weights_bytes": sum(math.prod(x.shape) * np.dtype(x.dtype).itemsize for x in jax.tree.leaves(dict(variables))),
         "steps": int(steps),
         "examples_per_s": None if examples_per_s is None else float(examples_per_s),
@@ -79,8 +78,35 @@ def arm_result(
     }
 
 
-def build(*, config_sha256: str, seed: int, arms: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """The whole of ``results.json`` for arms named as in ``ARMS``, with the environment of this process."""
+def link_result(
+    *, name: str, variables: Mapping[str, Any], steps: int, logits: Any, teacher_logits: Any, labels: Any
+) -> dict[str, Any]:
+    """One link's entry of the ``chain`` of ``results.json``: ``name`` is that of its arm, the rest as in an arm's."""
+    return {
+        "name": name,
+        "params": _count(variables),
+        "steps": int(steps),
+        "test": metrics.classification(logits, labels),
+        "fidelity": metrics.fidelity(logits, teacher_logits),
+    }
+
+
+def _count(variables: Mapping[str, Any]) -> int:
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(variables["params"]))
+
+
+def build(
+    *,
+    config_sha256: str,
+    seed: int,
+    arms: Mapping[str, Mapping[str, Any]],
+    chain: Sequence[Mapping[str, Any]] = (),
+) -> dict[str, Any]:
+    """The whole of ``results.json`` for arms named as in ``ARMS``, with the environment of this process.
+
+    ``chain`` has the links between teacher and student in their order (see ``link_result``); without one there is no
+    such key.
+    """
     results = {
         "schema": SCHEMA,
         "config_sha256": config_sha256,
@@ -88,6 +114,8 @@ def build(*, config_sha256: str, seed: int, arms: Mapping[str, Mapping[str, Any]
         "environment": environment(),
         "arms": {name: dict(arms[name]) for name in ARMS if name in arms} | dict(arms),  # in the order of the tables
     }
+    if chain:
+        results["chain"] = [dict(link) for link in chain]
     validate(results)
     return results
 
@@ -114,7 +142,8 @@ def load(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 def validate(results: Any) -> None:
     """Raises a UserError that names the first key of ``results`` that breaks the contract."""
-    check_keys("results", results, {"schema", "config_sha256", "seed", "environment", "arms"})
+    optional = {"chain"} & set(results) if isinstance(results, dict) else set()
+    check_keys("results", results, {"schema", "config_sha256", "seed", "environment", "arms"} | optional)
     if results["schema"] != SCHEMA:
         raise UserError(
             f"results.schema is {results['schema']!r}, this kdjax reads {SCHEMA}: use the kdjax that wrote it."
@@ -129,6 +158,11 @@ def validate(results: Any) -> None:
         if name not in ARMS:
             raise unknown("arm in results.arms", name, ARMS)
         _arm(f"results.arms.{name}", arm)
+    chain = results.get("chain", [])
+    if not isinstance(chain, list):
+        raise wrong("results.chain", "a list of links", chain)
+    for number, link in enumerate(chain):
+        _link(f"results.chain.{number}", link)
 
 
 def latency(apply_fn: Callable[[Any], Any], example: Any, calls: int = 200) -> dict[str, float]:
@@ -205,9 +239,24 @@ def caveat(results: Mapping[str, Any], test_examples: int) -> str:
     )
 
 
+def chain_sentence(results: Mapping[str, Any]) -> str:
+    """Which models taught each other between the teacher and the student; empty where it learned from the teacher."""
+    links = [
+        f"{link_label(link)} ({link['params']:,} parameters, {100 * link['test']['accuracy']:.1f} %)"
+        for link in results.get("chain", [])
+    ]
+    return f"From the teacher by way of {', then '.join(links)}." if links else ""
+
+
+def link_label(link: Mapping[str, Any]) -> str:
+    """A link's name for a person: "assistant_middle" -> "assistant middle"."""
+    return link["name"].replace("_", " ", 1)
+
+
 def verdict(results: Mapping[str, Any], test_examples: int | None = None) -> str:
-    """The headline and, if the size of the test set is given, the caveat."""
-    return f"{headline(results)} {caveat(results, test_examples) if test_examples else ''}".strip()
+    """The headline, the chain if there is one and, if the size of the test set is given, the caveat."""
+    sentences = [headline(results), chain_sentence(results), caveat(results, test_examples) if test_examples else ""]
+    return " ".join(filter(None, sentences))
 
 
 def rows(results: Mapping[str, Any]) -> list[tuple[str, list[str]]]:
@@ -295,24 +344,39 @@ def check_environment(path: str, value: Any) -> None:
         raise wrong(f"{path}.packages", "an object of versions", value["packages"])
 
 
+_PARTS = {
+    "test": ("accuracy", "macro_f1", "nll", "ece"),
+    "fidelity": ("agreement", "kl"),
+    "latency_ms": ("p50", "p99"),
+}
+
+
 def _arm(path: str, arm: Any) -> None:
-    parts = {
-        "test": ("accuracy", "macro_f1", "nll", "ece"),
-        "fidelity": ("agreement", "kl"),
-        "latency_ms": ("p50", "p99"),
-    }
     counts = ("params", "weights_bytes", "steps")
-    check_keys(path, arm, {*counts, "examples_per_s", "params_sha256", *parts})
-    for key in counts:
-        check_number(f"{path}.{key}", arm[key], whole=True)
+    check_keys(path, arm, {*counts, "examples_per_s", "params_sha256", *_PARTS})
+    _measured(path, arm, counts, tuple(_PARTS))
     if arm["examples_per_s"] is not None:
         check_number(f"{path}.examples_per_s", arm["examples_per_s"])
-    for part, keys in parts.items():
-        check_keys(f"{path}.{part}", arm[part], set(keys))
-        for key in keys:
-            high = 1.0 if key in ("accuracy", "macro_f1", "ece", "agreement") else math.inf
-            check_number(f"{path}.{part}.{key}", arm[part][key], high)
     check_sha256(f"{path}.params_sha256", arm["params_sha256"])
+
+
+def _link(path: str, link: Any) -> None:
+    counts, parts = ("params", "steps"), ("test", "fidelity")
+    check_keys(path, link, {"name", *counts, *parts})
+    if not isinstance(link["name"], str):
+        raise wrong(f"{path}.name", "a string", link["name"])
+    _measured(path, link, counts, parts)
+
+
+def _measured(path: str, entry: Mapping[str, Any], counts: Sequence[str], parts: Sequence[str]) -> None:
+    """The counts and the parts with measured numbers that an arm or a link has."""
+    for key in counts:
+        check_number(f"{path}.{key}", entry[key], whole=True)
+    for part in parts:
+        check_keys(f"{path}.{part}", entry[part], set(_PARTS[part]))
+        for key in _PARTS[part]:
+            high = 1.0 if key in ("accuracy", "macro_f1", "ece", "agreement") else math.inf
+            check_number(f"{path}.{part}.{key}", entry[part][key], high)
 
 
 def _version(package: str) -> str | None:

@@ -8,7 +8,7 @@ here a hidden layer projects the pooled feature, so that student and teacher may
 """
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -31,9 +31,9 @@ def reuse_classifier(student: Model, teacher: Model, inputs: Array) -> Model:
     """The student with its teacher's classifier in the place of its own.
 
     Its ``params`` are ``{"backbone", "projector"}`` (the backbone without its own classifier); its ``state`` is
-    ``{"backbone", "classifier"}``, since the classifier is not learned. ``init`` knows no teacher and makes a classifier
-    of zeros: see ``with_classifier``. Besides the backbone's taps it offers ``projected``, which the term ``simkd``
-    compares with the teacher's pooled last block.
+    ``{"backbone", "classifier"}``, since the classifier is not learned. ``init`` knows no teacher and makes a
+    classifier of zeros: see ``with_classifier``. Besides the backbone's taps it offers ``projected``, which the term
+    ``simkd`` compares with the teacher's pooled last block.
 
     Args:
       student: the backbone, a model with ``blocks.<i>``.
@@ -117,5 +117,5 @@ def _last_block(model: Model, inputs: Any, side: str) -> tuple[str, int]:
     return blocks[-1], shapes[blocks[-1]][-1]
 
 
-def _numbers(path: str) -> Sequence[int]:
+def _numbers(path: str) -> list[int]:
     return [int(number) for number in re.findall(r"\d+", path)]

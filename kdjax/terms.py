@@ -26,7 +26,7 @@ from kdjax.losses import (
     self_taught,
     transformer,
 )
-from kdjax.model import Array, Params
+from kdjax.model import Array, Model, Params
 
 Shape = tuple[int, ...]
 Options = Mapping[str, Any]
@@ -46,6 +46,7 @@ class View(NamedTuple):
       memory: what the term remembers from step to step.
       key: of this step's randomness.
       ema_logits: [b, classes] of the student's moving average, where a term reads them.
+      peers: the models that learn beside the student; their weights are what the term that runs them learns.
     """
 
     logits: Array
@@ -58,6 +59,7 @@ class View(NamedTuple):
     memory: Any
     key: Array
     ema_logits: Array | None
+    peers: Sequence[Model] = ()
 
 
 class Sizes(NamedTuple):
@@ -67,6 +69,7 @@ class Sizes(NamedTuple):
     student_layers: int  # in how many of the pairs' rows the student's taps come
     classes: int
     examples: int  # of the student's training split
+    peers: Sequence[Model] = ()
 
 
 class Term(NamedTuple):
@@ -377,9 +380,26 @@ def _past(view: View, options: Options) -> Any:
     return value, {"predictions": view.memory["predictions"].at[ids].set(kept)}
 
 
-def _mutual(view: View, options: Options) -> Array:
-    peers = jnp.stack([view.logits, *(student for student, _ in view.pairs)])
-    return self_taught.mutual(peers, view.labels, **_only(self_taught.mutual, options))
+def _mutual(view: View, options: Options) -> Any:
+    """Runs the peers on the student's batch. Their weights train with the step, as learned parts of the objective, so
+    they are saved with it and are no part of the student that is handed over."""
+    scores, states = [view.logits], {}
+    for index, peer in enumerate(view.peers):
+        variables = {"params": view.learned[str(index)], "state": view.memory[str(index)]}
+        key = jax.random.fold_in(view.key, index)
+        outputs, states[str(index)] = peer.apply(variables, view.batch["inputs"], train=True, key=key)
+        scores.append(outputs.logits)
+    value = self_taught.mutual(jnp.stack(scores), view.labels, **_only(self_taught.mutual, options))
+    return value, jax.lax.stop_gradient(states)
+
+
+def _init_peers(part: str) -> Callable[[Array, Sizes, Options], Any]:
+    def init(key: Array, sizes: Sizes, options: Options) -> Any:
+        if not sizes.peers:
+            raise UserError("losses.mutual needs students that learn beside the student: name one or more in peers.")
+        return {str(i): peer.init(jax.random.fold_in(key, i))[part] for i, peer in enumerate(sizes.peers)}
+
+    return init
 
 
 def _ema(view: View, options: Options) -> Array:
@@ -453,6 +473,11 @@ TERMS: dict[str, Term] = {
         taps=BLOCKS,
     ),
     "mutual": Term(
-        _mutual, {"student_taps": (), **_options(self_taught.mutual)}, reads="student", taps=r"^peers\.\d+\.logits$"
+        _mutual,
+        _options(self_taught.mutual),
+        reads="student",
+        init=_init_peers("params"),
+        memory=_init_peers("state"),
+        random=True,
     ),
 }

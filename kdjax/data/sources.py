@@ -292,8 +292,8 @@ def _check_domain_feature(name: str, info: Any, domain: str) -> None:
     feature = info.features[domain]
     if feature.shape != () or not np.issubdtype(feature.np_dtype, np.integer):
         raise UserError(
-            f"data.options.domain={domain!r}: that feature of {name} is {feature.np_dtype} of shape {feature.shape}, "
-            "and a domain is one integer."
+            f"data.options.domain={domain!r}: that feature of {name} is {np.dtype(feature.np_dtype)} of shape "
+            f"{feature.shape}, and a domain is one integer."
         )
 
 

@@ -1,16 +1,19 @@
 """Losses in which the student, its past or its peers are the teacher.
 
-Arrays: logits [b, classes], labels int32 [b] (-1: unlabelled, adds nothing), float32 [b] out. The side that teaches is
-never differentiated.
+Arrays: logits [b, classes], labels int32 [b] (-1: unlabelled, without a cross-entropy), float32 [b] out. The side that
+teaches is never differentiated.
 """
+
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
 from kdjax.losses import projectors
-from kdjax.losses.response import cross_entropy, kl
-from kdjax.model import Array, Params
+from kdjax.losses.projectors import Params
+from kdjax.losses.response import _log_softmax, cross_entropy, kl
 
+Array = jax.Array
 Scalar = float | Array
 Shape = tuple[int, ...]
 
@@ -57,9 +60,10 @@ def exits(
 ) -> Array:
     """Be your own teacher: every exit learns from the labels, from the last classifier and from the last features.
 
-    Per exit: label_weight · CE(exit, label) + soft_weight · T² KL(softmax(z / T) ‖ softmax(exit / T)) + hint_weight ·
-    ½ ‖hint(tap) - last tap‖², the mean over exits. The last classifier and the last features are constants here. Exits
-    are a hidden layer on the pooled features, where the paper has bottleneck convolutions.
+    Σ over exits of label_weight · CE(exit, label) + soft_weight · T² KL(softmax(z / T) ‖ softmax(exit / T)) +
+    hint_weight · ‖hint(tap) - last tap‖², of pooled taps. The last classifier and the last features are constants here;
+    what the labels teach the last classifier is the caller's own cross-entropy. Exits are a hidden layer on the pooled
+    features, where the paper has bottleneck convolutions.
 
     Args:
         params: of ``init_exits``.
@@ -69,21 +73,23 @@ def exits(
         temperature: T.
         label_weight: 1 - α of the paper.
         soft_weight: α of the paper.
-        hint_weight: λ of the paper.
+        hint_weight: λ of the paper. These three values and T are those of mmrazor's recipe.
         projector: as in ``init_exits``.
+
+    Returns:
+        [b] float32. An unlabelled example has no cross-entropy, but learns from the last classifier and features.
 
     Source: Zhang et al. 2019, "Be Your Own Teacher", eqs. 3 to 5 and 7.
     """
-    last = jax.lax.stop_gradient(projectors.pool(taps[-1].astype(jnp.float32)))
+    last = jax.lax.stop_gradient(projectors.pool(taps[-1]))
     own = jax.lax.stop_gradient(logits)
     total = jnp.zeros(labels.shape, jnp.float32)
-    scores = exit_logits(params, taps)
-    for index, score in enumerate(scores):
+    for index, score in enumerate(exit_logits(params, taps)):
         hinted = projectors.apply(params[str(index)]["hint"], projector, projectors.pool(taps[index]))
-        distance = 0.5 * jnp.sum(jnp.square(hinted.astype(jnp.float32) - last), axis=-1)
+        distance = jnp.sum(jnp.square(hinted - last), axis=-1)
         soft = kl(score, own, temperature=temperature)
         total += label_weight * cross_entropy(score, labels) + soft_weight * soft + hint_weight * distance
-    return total / len(scores)
+    return total
 
 
 def past_predictions(logits: Array, labels: Array, past: Array, seen: Array, *, share: Scalar = 0.8) -> Array:
@@ -99,15 +105,17 @@ def past_predictions(logits: Array, labels: Array, past: Array, seen: Array, *, 
         seen: [b] bool, whether it has met it.
         share: α in [0, 1].
 
+    Returns:
+        [b] float32; 0 where there is neither a label nor a past.
+
     Source: Kim et al. 2021, "Self-Knowledge Distillation with Progressive Refinement of Targets", eqs. 3 and 4. There
     the past is the model of the epoch before, run again; here it is what that model said when it met the example.
     """
-    log_p = jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)
-    labelled = labels >= 0
-    hard = cross_entropy(logits, labels)
-    soft = -jnp.sum(jax.lax.stop_gradient(past) * log_p, axis=-1)
-    share = jnp.where(labelled, share, 1.0) * seen
-    return (1.0 - share) * hard + share * soft
+    past = jax.lax.stop_gradient(past)
+    log_p = jnp.where(past > 0, _log_softmax(logits, 1.0), 0.0)  # a class that both rule out adds nothing
+    soft = -jnp.sum(past * log_p, axis=-1)
+    share = jnp.where(labels >= 0, share, 1.0) * seen
+    return (1.0 - share) * cross_entropy(logits, labels) + share * soft
 
 
 def mutual(peers: Array, labels: Array, *, temperature: Scalar = 1.0) -> Array:
@@ -120,6 +128,9 @@ def mutual(peers: Array, labels: Array, *, temperature: Scalar = 1.0) -> Array:
         peers: [K, b, classes], the logits of all students, the main one first.
         labels: [b].
         temperature: T; 1 in the paper.
+
+    Returns:
+        [b] float32. Unlabelled examples take part in the divergences alone.
 
     Source: Zhang et al. 2018, "Deep Mutual Learning", eqs. 6 and 7 (there the students update in turn).
     """
@@ -136,7 +147,13 @@ def mutual(peers: Array, labels: Array, *, temperature: Scalar = 1.0) -> Array:
 
 
 def curriculum_temperature(
-    params: Params, logits: Array, teacher_logits_at, *, reversal: Scalar = 1.0, lowest: float = 1.0, span: float = 20.0
+    params: Params,
+    logits: Array,
+    teacher_logits_at: Callable[[Array], Array],
+    *,
+    reversal: Scalar = 1.0,
+    lowest: Scalar = 1.0,
+    span: Scalar = 20.0,
 ) -> Array:
     """KL at a temperature that is learned against the student: gradient reversal makes it grow harder as λ grows.
 
@@ -150,6 +167,9 @@ def curriculum_temperature(
         reversal: λ.
         lowest: of T.
         span: of T.
+
+    Returns:
+        [b] float32, in nats.
 
     Source: Li et al. 2023, "Curriculum Temperature for Knowledge Distillation", eqs. 3 to 6 (the global version).
     """

@@ -1,4 +1,4 @@
-"""``kdjax compare``: the control and every method, over several seeds, with equal updates and equal tuning.
+"""``kdjax compare``: the control and every method, over several seeds, with equal updates and equally tuned.
 
 One teacher teaches all. A seed sets a student's initial weights, the order of examples and the views; the same seeds are
 used for every method, so differences are paired. A cell (a method with a seed) that is finished is never run again, and
@@ -23,7 +23,7 @@ from kdjax import experiment as experiments
 from kdjax.compare import report as compare_report
 from kdjax.compare import results as contract
 from kdjax.errors import UserError
-from kdjax.experiment import ALONE, DISTILLED, MAIN, Experiment
+from kdjax.experiment import ALONE, DISTILLED, Experiment
 from kdjax.model import Variables, parameter_count
 from kdjax.recipes import distill, methods, population, program
 from kdjax.state import inference_variables
@@ -70,7 +70,7 @@ def run(
     Returns:
       What ``results.json`` holds.
     """
-    names = methods.check(list(names))
+    config, names = configs.resolve(config), methods.check(list(names))
     if not 1 <= trials <= len(FACTORS):
         raise UserError(f"--tune={trials}: a method is given 1 to {len(FACTORS)} weights to choose from.")
     if grid:
@@ -291,7 +291,7 @@ def _results(
     test = experiment.dataset.test
     held_out = len(_held_out(experiment)[1].labels) if trials > 1 else 0
     student = jax.eval_shape(experiment.student.init, jax.random.key(0))["params"]
-    return {
+    whole = {
         "schema": contract.SCHEMA,
         "kind": contract.KIND,
         "config_sha256": experiment.config_sha256,
@@ -310,3 +310,4 @@ def _results(
         "methods": found,
         "grid": grid,
     }
+    return json.loads(json.dumps(whole))  # with lists for tuples, as the file has it

@@ -1,11 +1,14 @@
-"""The main job: the teacher, the same student alone, and the distilled student, each trained, scored and reported."""
+"""The main job: the teacher, the same student alone, and the distilled student, each trained, scored and reported.
+
+Between the teacher and the distilled student there may be links, assistants or generations, each an arm of its own.
+"""
 
 import contextlib
 import fcntl
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,8 +21,9 @@ from kdjax import checkpoint, metrics, objective, report, results, train
 from kdjax import config as configs
 from kdjax import experiment as experiments
 from kdjax.errors import UserError, unknown
-from kdjax.experiment import DISTILLED, MAIN, STUDENTS, Experiment
+from kdjax.experiment import ALONE, DISTILLED, MAIN, STUDENTS, Experiment
 from kdjax.model import Variables
+from kdjax.recipes import difficulty
 from kdjax.state import inference_variables
 from kdjax.step import make_predict
 from kdjax.tasks import classification
@@ -44,21 +48,24 @@ class Outcome(NamedTuple):
 
 
 def run(config: ConfigDict, workdir: Path, *, say: Say = print) -> Outcome:
-    """Trains the three arms in ``workdir`` (resuming what is there), scores them and writes the report."""
+    """Trains all arms in ``workdir`` (resuming what is there), scores them and writes the report."""
     experiment = experiments.prepare(config)
     with claimed(workdir, experiment.config):
-        _check_disk(experiment, workdir, (*experiment.teachers, *STUDENTS))
+        _check_disk(experiment, workdir, experiment.arms)
         return _all_arms(experiment, workdir, say)
 
 
 def run_one(config: ConfigDict, workdir: Path, arm: str, *, say: Say = print) -> Trained:
-    """Trains one arm only: a teacher, or a student (from the teacher in ``workdir`` or in ``teacher.init``)."""
+    """Trains one arm only: a teacher, or a student (from the teacher in ``workdir`` or in ``teacher.init``).
+
+    What teaches the arm and is not there yet is trained before it.
+    """
     experiment = experiments.prepare(config)
-    if arm not in (*experiment.teachers, *STUDENTS):
-        raise unknown("arm", arm, [*experiment.teachers, *STUDENTS])
+    if arm not in experiment.arms:
+        raise unknown("arm", arm, experiment.arms)
     with claimed(workdir, experiment.config):
         _check_disk(experiment, workdir, (arm,))
-        teachers = obtain_teachers(experiment, workdir, say=say) if arm == DISTILLED else {}
+        experiment, teachers = obtain_teachers_of(experiment, arm, workdir, say=say)
         return train_arm(experiment, arm, workdir, teachers=teachers, say=say)
 
 
@@ -66,17 +73,19 @@ def evaluate(config: ConfigDict, workdir: Path, *, say: Say = print) -> Outcome:
     """Scores the arms of a finished workdir again and rewrites its results and report; trains nothing."""
     experiment = experiments.prepare(config)
     with claimed(workdir, experiment.config):
-        for name in (*experiment.teachers, *STUDENTS):
-            if name in STUDENTS or not experiments.member(experiment.config, name).init:
+        for name in experiment.arms:
+            if not experiments.init_of(experiment.config, name):
                 _require_finished(experiment, name, workdir)
         return _all_arms(experiment, workdir, say)
 
 
 def _all_arms(experiment: Experiment, workdir: Path, say: Say) -> Outcome:
     """Trains what is not finished and loads what is, then scores and reports."""
-    teachers = obtain_teachers(experiment, workdir, say=say)
-    arms = {name: train_arm(experiment, name, workdir, teachers=teachers, say=say) for name in STUDENTS}
-    return score_and_report(experiment, workdir, teachers, arms)
+    links = [name for name in experiment.links if name != DISTILLED]
+    experiment, done = _obtain(experiment, links, workdir, say)
+    for name in STUDENTS:
+        done[name] = train_arm(experiment, name, workdir, teachers=taught_by(experiment, name, done), say=say)
+    return score_and_report(experiment, workdir, done)
 
 
 def saved_config(workdir: Path) -> ConfigDict:
@@ -133,22 +142,55 @@ def claimed(workdir: Path, config: ConfigDict) -> Iterator[None]:
 
 def obtain_teachers(experiment: Experiment, workdir: Path, *, say: Say = print) -> dict[str, Trained]:
     """Each teacher by name: loaded where the config names a checkpoint, trained in ``workdir`` otherwise."""
-    teachers = {}
-    loaded = {name: experiments.load_teacher(experiment, name) for name in experiment.teachers}
+    return _obtain(experiment, [], workdir, say)[1]
+
+
+def obtain_teachers_of(
+    experiment: Experiment, arm: str, workdir: Path, *, say: Say = print
+) -> tuple[Experiment, dict[str, Trained]]:
+    """Who teaches an arm, by name, loaded or trained in ``workdir`` with all that comes before; and the experiment in
+    which the arm can then be trained (a curriculum's examples scored)."""
+    if arm == ALONE or arm in experiment.teachers:
+        return experiment, {}
+    links = list(experiment.links)
+    experiment, done = _obtain(experiment, links[: links.index(arm)] if links else [], workdir, say)
+    return experiment, taught_by(experiment, arm, done)
+
+
+def _obtain(
+    experiment: Experiment, links: Sequence[str], workdir: Path, say: Say
+) -> tuple[Experiment, dict[str, Trained]]:
+    """The teachers and these links of the chain by name, loaded or trained, and the experiment as they let it be: with
+    the difficulty of its examples, where the config has a curriculum."""
+    done: dict[str, Trained] = {}
+    loaded = {name: experiments.load_teacher(experiment, name) for name in (*experiment.teachers, *links)}
     for name, variables in loaded.items():
         if variables is None:
-            teachers[name] = train_arm(experiment, name, workdir, teachers={}, say=say)
+            taught = taught_by(experiment, name, done)
+            done[name] = train_arm(experiment, name, workdir, teachers=taught, say=say)
         else:
-            teachers[name] = Trained(variables, 0, None)
-    return teachers
+            done[name] = Trained(variables, 0, None)
+        if name == list(experiment.teachers)[-1]:
+            experiment = difficulty.scored(experiment, {key: one.variables for key, one in done.items()}, workdir)
+    return experiment, done
+
+
+def taught_by(experiment: Experiment, name: str, done: dict[str, Trained]) -> dict[str, Trained]:
+    """Who teaches an arm: in a chain the link before it, under the main teacher's name; else the teachers, if any."""
+    links = list(experiment.links)
+    if name in links[1:]:
+        return {MAIN: done[links[links.index(name) - 1]]}
+    if name == DISTILLED or name in links:
+        return {teacher: done[teacher] for teacher in experiment.teachers}
+    return {}
 
 
 def train_arm(
     experiment: Experiment, name: str, workdir: Path, *, teachers: dict[str, Trained], say: Say = print
 ) -> Trained:
-    """Trains an arm to its last step, or loads it where it is there already."""
+    """Trains an arm to its last step, or loads it where it is there already; ``teachers`` are the arm's own."""
     config = experiment.config
-    taught = {key: value.variables for key, value in teachers.items()} if name == DISTILLED else {}
+    taught = {key: value.variables for key, value in teachers.items()}
     arm = experiments.make_arm(experiment, name, taught)
     model = experiments.model_of(experiment, name)
     score = classification.make_score(model, experiment.dataset, experiment.mesh, config.data.eval_batch_size)
@@ -189,34 +231,45 @@ def _writers(config: ConfigDict, workdir: Path) -> Iterator[list[Any]]:
         yield opened
 
 
-def score_and_report(
-    experiment: Experiment, workdir: Path, teachers: dict[str, Trained], students: dict[str, Trained]
-) -> Outcome:
+def score_and_report(experiment: Experiment, workdir: Path, done: dict[str, Trained]) -> Outcome:
     """Scores every arm on the whole test set, and writes ``results.json`` and ``report.html``."""
     config, dataset = experiment.config, experiment.dataset
-    models = {name: experiments.model_of(experiment, name) for name in (*experiment.teachers, *STUDENTS)}
+    models = {name: experiments.model_of(experiment, name) for name in done}
     logits = {
         name: classification.make_score(models[name], dataset, experiment.mesh, config.data.eval_batch_size)(
             trained.variables, dataset.test
         )
-        for name, trained in {**teachers, **students}.items()
+        for name, trained in done.items()
     }
-    taught_by = _combined(experiment, {name: logits[name] for name in teachers})
-    predictions = {MAIN: taught_by, **{name: logits[name] for name in students}}
+    teachers = {name: done[name] for name in experiment.teachers}
+    reference = _combined(experiment, {name: logits[name] for name in teachers})
+    predictions = {MAIN: reference, **{name: logits[name] for name in STUDENTS}}
     arms = {}
-    for name, trained in {MAIN: _whole(teachers), **students}.items():
+    for name, trained in {MAIN: _whole(teachers), **{name: done[name] for name in STUDENTS}}.items():
         members = {key: teachers[key].variables for key in teachers} if name == MAIN else {name: trained.variables}
         arms[name] = results.arm_result(
             variables=trained.variables,
             steps=trained.steps,
             examples_per_s=trained.examples_per_s,
             logits=predictions[name],
-            teacher_logits=taught_by,
+            teacher_logits=reference,
             labels=dataset.test.labels,
             latency_ms=_latency(experiment, models, members),
             params_sha256=checkpoint.digest(trained.variables),
         )
-    found = results.build(config_sha256=experiment.config_sha256, seed=config.seed, arms=arms)
+    chain = [
+        results.link_result(
+            name=name,
+            variables=done[name].variables,
+            steps=done[name].steps,
+            logits=logits[name],
+            teacher_logits=reference,
+            labels=dataset.test.labels,
+        )
+        for name in experiment.links
+        if name != DISTILLED
+    ]
+    found = results.build(config_sha256=experiment.config_sha256, seed=config.seed, arms=arms, chain=chain)
     if jax.process_index() == 0:
         results.write(Path(workdir) / "results.json", found)
         report.write(
@@ -263,7 +316,7 @@ def _latency(experiment: Experiment, models: dict[str, Any], variables: dict[str
     return results.latency(lambda inputs: together(weights, inputs), example)
 
 
-def _check_disk(experiment: Experiment, workdir: Path, arms: tuple[str, ...]) -> None:
+def _check_disk(experiment: Experiment, workdir: Path, arms: Sequence[str]) -> None:
     """Refuses a run whose checkpoints would not fit on the disk: those that are kept, and one that is being written."""
     kept = experiment.config.checkpoint.keep + experiment.config.checkpoint.keep_best + 1
     states = [train.abstract_state(experiments.make_arm(experiment, arm), experiment.mesh) for arm in arms]

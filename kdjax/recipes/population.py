@@ -132,7 +132,7 @@ def run(
     Returns:
       ``{"chunk", "seconds", "members": [{"seed", "changes", "accuracy", ...}]}``.
     """
-    members = make_members(config, seeds, grid or {})
+    members = make_members(configs.resolve(config), seeds, grid or {})
     experiment = experiments.prepare(members.template)
     with distill.claimed(workdir, experiment.config):
         taught = distill.obtain_teachers(experiment, workdir, say=say)

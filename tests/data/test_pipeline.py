@@ -107,6 +107,16 @@ def test_a_batch_holds_the_examples_that_its_ids_name():
         assert [batch[key].dtype for key in ("labels", "id", "epoch")] == [np.int32] * 3
 
 
+def test_domains_go_with_their_examples():
+    split = _split(13)._replace(domain=np.arange(13, dtype=np.int32) % 3)
+    trained = itertools.islice(pipeline.train_batches(split, batch_size=6, seed=2), 4)
+    for batch in (*trained, *pipeline.eval_batches(split, batch_size=6)):
+        assert batch["domain"].dtype == np.int32
+        np.testing.assert_array_equal(batch["domain"], batch["id"] % 3)
+        _same(next(pipeline.from_iterable([batch])), batch)
+    assert "domain" not in _take(1, 13, batch_size=6, seed=2)[0]
+
+
 @FEW
 @given(n=SIZES, batch_size=SIZES)
 def test_evaluation_sees_each_example_once_in_order(n, batch_size):
@@ -162,6 +172,11 @@ def test_batches_of_the_pipeline_pass_through_unchanged():
         ([(np.zeros((3, 4)), np.zeros(3))], "labels of type float64: give integers"),
         ([{"inputs": np.zeros((3, 4)), "label": np.zeros(3, int)}], "did you mean 'labels'"),
         ([(np.zeros((3, 4)), [0] * 3), (np.zeros((3, 5)), [0] * 3)], r"batch 1 has inputs of shape \(5,\)"),
+        ([{"inputs": np.zeros((3, 4)), "domain": np.zeros(3)}], "domain of type float64: give integers"),
+        (
+            [{"inputs": np.zeros((3, 4)), "domain": [0] * 3}, (np.zeros((3, 4)), [0] * 3)],
+            "batch 1 has inputs, labels, id, epoch, and those before it inputs, labels, id, epoch, domain",
+        ),
         ([(np.zeros((3, 4), int), [0] * 3)], "int64 inputs: give uint8"),
         ([(np.zeros(3), [0] * 3)], r"inputs of shape \(3,\)"),
         ([], "gave nothing in pass 0"),

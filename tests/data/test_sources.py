@@ -60,6 +60,20 @@ def test_synthetic_is_deterministic_and_can_be_learnt():
     sources.validate(first)
 
 
+def test_synthetic_examples_come_from_their_domains():
+    options = {"shape": (12, 10, 3), "classes": 5, "examples": 300, "domains": 3}
+    dataset = sources.load({"name": "synthetic", "options": options})
+    sources.validate(dataset)
+    train, test = dataset.train, dataset.test
+    assert train.domain.dtype == train.labels.dtype == np.int32
+    assert np.bincount(train.domain * 5 + train.labels).tolist() == [20] * 15 and len(test.domain) == 75
+    centre = lambda domain, label: train.inputs[(train.domain == domain) & (train.labels == label)].mean(0)
+    centres = np.stack([centre(domain, label) for domain in range(3) for label in range(5)])
+    nearest = ((test.inputs[:, None] - centres[None]) ** 2).sum((2, 3, 4)).argmin(1)
+    assert (nearest == test.domain * 5 + test.labels).mean() > 0.95  # each domain has patterns of its own
+    assert sources.load({"name": "synthetic"}).train.domain is None
+
+
 READ_FASHION_MNIST = """
 import sys
 import numpy as np
@@ -125,6 +139,52 @@ def test_tfds_refuses_what_is_not_there_or_does_not_fit(tmp_path):
         sources.load({"name": "tfds:kdjax_test_shapes", "data_dir": str(tmp_path)})
 
 
+class KdjaxTestDomains(tfds.core.GeneratorBasedBuilder):
+    """Images that tell which camera took them."""
+
+    VERSION = tfds.core.Version("1.0.0")
+
+    def _info(self):
+        features = {
+            "image": tfds.features.Image(shape=(4, 4, 3)),
+            "label": tfds.features.ClassLabel(num_classes=2),
+            "camera": tfds.features.Scalar(np.int64),
+            "weight": tfds.features.Scalar(np.float32),
+        }
+        return tfds.core.DatasetInfo(
+            builder=self, features=tfds.features.FeaturesDict(features), supervised_keys=("image", "label")
+        )
+
+    def _split_generators(self, dl_manager):
+        return {"train": self._generate_examples(9), "test": self._generate_examples(4)}
+
+    def _generate_examples(self, count):
+        for index in range(count):
+            picture = io.BytesIO()
+            Image.new("RGB", (4, 4), (index * 10,) * 3).save(picture, "png")
+            picture.seek(0)
+            yield index, {"image": picture, "label": index % 2, "camera": index % 3, "weight": 0.5}
+
+
+def test_tfds_gives_the_feature_that_is_named_as_domain(tmp_path):
+    KdjaxTestDomains(data_dir=tmp_path, file_format="array_record").download_and_prepare()
+    load = lambda **options: sources.load(
+        {"name": "tfds:kdjax_test_domains", "data_dir": str(tmp_path), "options": options}
+    )
+    dataset = load(domain="camera")
+    sources.validate(dataset)
+    for split in (dataset.train, dataset.test):
+        number = split.inputs[:, 0, 0, 0] // 10
+        np.testing.assert_array_equal(split.domain, number % 3)
+        np.testing.assert_array_equal(split.labels, number % 2)
+        assert split.domain.dtype == np.int32
+    assert load().train.domain is None
+    with pytest.raises(UserError, match=r"unknown feature of tfds:kdjax_test_domains .*did you mean 'camera'"):
+        load(domain="camra")
+    with pytest.raises(UserError, match=r"weight.*is float32 of shape .*a domain is one integer"):
+        load(domain="weight")
+
+
 @pytest.mark.parametrize(
     ("config", "message"),
     [
@@ -132,7 +192,11 @@ def test_tfds_refuses_what_is_not_there_or_does_not_fit(tmp_path):
         ({"name": "synthetic", "options": {"clases": 3}}, "did you mean 'classes'"),
         ({"name": "synthetic", "options": {"shape": (8, 8)}}, "height, width, channels"),
         ({"name": "digits", "options": {"shape": (8, 8, 1)}}, "takes no options"),
-        ({"name": "tfds:fashion_mnist", "options": {"shape": (8, 8, 1)}}, "takes no options"),
+        ({"name": "synthetic", "options": {"domains": 0}}, "domains=0"),
+        (
+            {"name": "tfds:fashion_mnist", "options": {"shape": (8, 8, 1)}},
+            "unknown option of the data set tfds:fashion_mnist 'shape'.*domain",
+        ),
     ],
 )
 def test_load_refuses_unknown_names(config, message):
@@ -159,6 +223,10 @@ def _with_train(inputs=None, labels=None):
     return change
 
 
+def _with_domain(domain):
+    return lambda dataset: dataset._replace(train=dataset.train._replace(domain=domain.astype(np.int32)))
+
+
 def _poison(value):
     def change(inputs):
         floats = inputs.astype(np.float32)
@@ -181,6 +249,8 @@ def _poison(value):
         (_with_train(lambda x: x.astype(np.int64)), "int64, not uint8 or float32"),
         (_with_train(lambda x: x[:, :4]), r"train inputs of shape \(4, 6, 3\) and test inputs of shape \(5, 6, 3\)"),
         (lambda d: d._replace(class_names=("only",)), "at least 2"),
+        (_with_domain(np.arange(19)), r"20 inputs, but domains of shape \(19,\)"),
+        (_with_domain(3 - np.arange(20)), "domain -16 of example 19 in the train split of mine"),
     ],
 )
 def test_validate_says_what_is_wrong(change, message):
@@ -200,6 +270,14 @@ def test_from_arrays():
         sources.from_arrays((images.astype(int), labels), (images, labels))
     with pytest.raises(UserError, match="label 3 of example 3"):
         sources.from_arrays((images, labels), (images, labels), ("a", "b", "c"))
+    with_domains = sources.from_arrays((images, labels, labels // 2), (images[:6], labels[:6]))
+    assert with_domains.train.domain.dtype == np.int32 and with_domains.test.domain is None
+    taken = sources.take(with_domains.train, np.array([5, 3]))
+    assert taken.labels.tolist() == [1, 3] and taken.domain.tolist() == [0, 1]
+    with pytest.raises(UserError, match="test domains are float64: give integers"):
+        sources.from_arrays((images, labels), (images, labels, labels / 2))
+    with pytest.raises(UserError, match="train holds 1 arrays"):
+        sources.from_arrays((images,), (images, labels))
 
 
 def test_hidden_labels_are_stratified_nested_and_repeatable():
