@@ -4,9 +4,10 @@
     kdjax distill --config configs/curriculum.py:random
     kdjax distill --config configs/curriculum.py --config.data.curriculum.pacing=step
 
-How hard an example is, the teacher says once: its cross-entropy with the label. The student begins with the easiest 30 %;
-their share grows evenly until, at half of the run, all are in, and what follows are the ordinary epochs (Hacohen &
-Weinshall 2019). Models, losses and lengths are those of configs/digits.py. The control sees ordinary batches throughout.
+How hard an example is, the teacher says once: its cross-entropy with the label. The student begins with the easiest
+30 %; their share grows evenly until, at half of the run, all are in, and what follows are the ordinary epochs (Hacohen
+& Weinshall 2019). Models, losses and lengths are those of configs/digits.py. The student alone sees ordinary batches
+throughout.
 
 Variants:
   hard_first  the hardest examples first (the paper's anti-curriculum).

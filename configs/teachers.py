@@ -3,8 +3,8 @@
     kdjax distill --config configs/teachers.py --workdir runs/teachers
     kdjax distill --config configs/teachers.py:confidence --workdir runs/confidence
 
-Beside the teacher of configs/digits.py a second one of a quarter of its parameters is trained; student, losses and lengths
-are those of that file too. The table's teacher is both together.
+Beside the teacher of configs/digits.py a second one of a quarter of its parameters is trained; student, losses and
+lengths are those of that file too. The table's teacher is both together.
 
 Variants:
   averaged    the mean of both teachers' softened probabilities (Hinton et al. 2015, section 1). Also without a variant.

@@ -106,7 +106,8 @@ def make_train_step(
         for number, (name, model) in enumerate(teachers.items()):
             taps = () if number else objective.teacher_taps  # features come from the first teacher
             outputs[name] = model.apply(teacher_variables[name], batch["inputs"], train=False, taps=taps)[0]
-        return jax.lax.stop_gradient(outputs)
+        # One by one: a map over the dict would sort the teachers, and the first one is the one that is tapped.
+        return {name: jax.lax.stop_gradient(output) for name, output in outputs.items()}
 
     def step(state, teacher_variables, batch, hparams):
         if preprocess:

@@ -14,6 +14,7 @@ from kdjax import experiment as experiments
 from kdjax import sharding, train
 from kdjax.errors import UserError
 from kdjax.model import parameter_count
+from kdjax.recipes import difficulty
 from kdjax.state import TrainState
 
 FOLDER = Path(__file__).parents[1] / "configs"
@@ -24,10 +25,21 @@ VARIANTS = {
     "cifar100": ["", "res56_res20", "res32x4_res8x4", "wrn40_2_wrn16_2"],
     "imagenet_r34_r18": [""],
     "imagenet_patient_teacher": [""],
+    "curriculum": ["", "hard_first", "random"],
+    "teachers": ["", "averaged", "confidence"],
+    "strategies": [],  # tests/test_strategies.py
 }
 ALL = [(name, variant) for name in FILES for variant in VARIANTS[name]]
 # Variants whose step is that of another one.
-SAME_STEP = [("digits", "quick"), ("digits", "labels10"), ("fashion_mnist", "quick"), ("cifar100", "")]
+SAME_STEP = [
+    ("digits", "quick"),
+    ("digits", "labels10"),
+    ("fashion_mnist", "quick"),
+    ("cifar100", ""),
+    ("curriculum", "hard_first"),
+    ("curriculum", "random"),
+    ("teachers", "averaged"),
+]
 # What stands in for data that is not at hand: (image shape, classes).
 SHAPES = {
     "digits": ((8, 8, 1), 10),
@@ -35,6 +47,8 @@ SHAPES = {
     "cifar100": ((32, 32, 3), 100),
     "imagenet_r34_r18": ((224, 224, 3), 1000),
     "imagenet_patient_teacher": ((224, 224, 3), 1000),
+    "curriculum": ((8, 8, 1), 10),
+    "teachers": ((8, 8, 1), 10),
 }
 
 
@@ -103,7 +117,9 @@ def fresh_state(arm, mesh):
     ema = params if shapes.ema else {}
     learned = {"params": arbitrary(shapes.learned["params"]), "state": {}}
     step = np.zeros((), np.int32)
-    host = TrainState(step, params, model_state, learned, zeros, arm.keys.student, arm.keys.views, ema)
+    host = TrainState(
+        step, params, model_state, learned, zeros, arm.keys.student, jax.random.clone(arm.keys.views), ema
+    )
     return jax.tree.map(lambda x, shape: jax.device_put(x, shape.sharding), host, shapes)
 
 
@@ -112,15 +128,18 @@ def fresh_state(arm, mesh):
 def test_two_steps_on_data_of_its_shape(name, variant):
     experiment = on_synthetic(name, variant)
     mesh = experiment.mesh
-    teacher = arbitrary(jax.eval_shape(experiment.teachers["teacher"].init, jax.random.key(0)))
-    arm = experiments.make_arm(experiment, "student_distilled", {"teacher": teacher})
+    teachers = {
+        name: arbitrary(jax.eval_shape(model.init, jax.random.key(0))) for name, model in experiment.teachers.items()
+    }
+    experiment = difficulty.scored(experiment, teachers)
+    arm = experiments.make_arm(experiment, "student_distilled", teachers)
     state = fresh_state(arm, mesh)
     before = jax.device_get(state.params)
     shardings = jax.tree.map(lambda x: x.sharding, state)
     stage = arm.stages[0]
     batches = arm.batches(0)
     args = (
-        jax.device_put({"teacher": teacher}, sharding.replicated(mesh)),
+        jax.device_put(teachers, sharding.replicated(mesh)),
         sharding.put_batch(next(batches), mesh),
         jax.device_put(stage.hparams, sharding.replicated(mesh)),
     )

@@ -1,4 +1,5 @@
-"""``kdjax bench``: measurements that anyone can repeat: the step, several seeds, a class that was never seen."""
+"""``kdjax bench``: measurements that anyone can repeat: the step, what a population saves and what taps cost, several
+seeds, a class that was never seen."""
 
 import contextlib
 import json
@@ -18,11 +19,12 @@ from kdjax import experiment as experiments
 from kdjax import results
 from kdjax.errors import UserError, unknown
 from kdjax.experiment import ALONE, DISTILLED, MAIN, STUDENTS
-from kdjax.recipes import bench_step, distill
+from kdjax.recipes import bench_population, bench_step, bench_taps, distill
 from kdjax.statistics import mean_and_sd, mean_interval
 from kdjax.tasks import classification
 from kdjax.writers import write_atomic
 
+SEEDS = 5
 OMITTED_CLASS = 3  # of Hinton et al. 2015, section 3
 OMITTED_TEMPERATURE = 20.0
 
@@ -34,8 +36,13 @@ class Found(NamedTuple):
     table: Table
 
 
-def run(name: str, config: ConfigDict, *, workdir: Path, seeds: int = 5, json_output: bool = False) -> dict[str, Any]:
+def run(
+    name: str, config: ConfigDict, *, workdir: Path, seeds: int | None = None, json_output: bool = False
+) -> dict[str, Any]:
     """Runs the benchmark ``name`` of :data:`BENCHMARKS`, prints a table or one JSON object, and returns its values.
+
+    ``seeds`` is how many runs there are, or how many members a population has; 5 of the ones and 16 of the others
+    unless it is given.
 
     Raises:
       UserError: an unknown name, or whatever is wrong with the config.
@@ -43,7 +50,7 @@ def run(name: str, config: ConfigDict, *, workdir: Path, seeds: int = 5, json_ou
     if name not in BENCHMARKS:
         raise unknown("benchmark", name, BENCHMARKS)
     with contextlib.redirect_stdout(sys.stderr):  # what the runs say, so that stdout holds the result alone
-        found = BENCHMARKS[name](config, Path(workdir), seeds)
+        found = BENCHMARKS[name](config, Path(workdir), seeds or COUNTS.get(name, SEEDS))
     if json_output:
         print(json.dumps(found.values, indent=2, allow_nan=False))
     else:
@@ -56,6 +63,20 @@ def step(config: ConfigDict, workdir: Path, seeds: int) -> Found:
     del workdir, seeds
     values = bench_step.measure(config)
     return Found(values, bench_step.table(values))
+
+
+def population(config: ConfigDict, workdir: Path, seeds: int) -> Found:
+    """``seeds`` students beside one teacher; see ``bench_population.measure``. Leaves nothing in ``workdir``."""
+    del workdir
+    values = bench_population.measure(config, seeds)
+    return Found(values, bench_population.table(values))
+
+
+def taps(config: ConfigDict, workdir: Path, seeds: int) -> Found:
+    """What feature terms cost; see ``bench_taps.measure``. Leaves nothing in ``workdir``."""
+    del workdir, seeds
+    values = bench_taps.measure(config)
+    return Found(values, bench_taps.table(values))
 
 
 # ------------------------------------------------------------------------------------------------------- several seeds
@@ -243,4 +264,11 @@ def _write(path: Path, values: Mapping[str, Any]) -> None:
         raise UserError(f"cannot write {path}: {error.strerror}; choose another --workdir.") from error
 
 
-BENCHMARKS: dict[str, Callable[[ConfigDict, Path, int], Found]] = {"step": step, "seeds": seeds, "omitted": omitted}
+BENCHMARKS: dict[str, Callable[[ConfigDict, Path, int], Found]] = {
+    "step": step,
+    "population": population,
+    "taps": taps,
+    "seeds": seeds,
+    "omitted": omitted,
+}
+COUNTS = {"population": bench_population.MEMBERS}  # of those that do not repeat a run for SEEDS seeds

@@ -17,7 +17,7 @@ from kdjax import sharding, train
 from kdjax.experiment import DISTILLED, Experiment
 from kdjax.model import Array, Model, Outputs, Variables
 from kdjax.objective import Batch
-from kdjax.recipes import program
+from kdjax.recipes import difficulty, program
 from kdjax.state import TrainState, inference_variables
 from kdjax.tasks import classification
 
@@ -251,6 +251,7 @@ def prepare(config: ConfigDict) -> Bench:
     mesh = experiment.mesh
     fresh = {name: jax.jit(model.init)(jax.random.key(0)) for name, model in experiment.teachers.items()}
     teachers = train.put_teachers(fresh, mesh, experiment.config.sharding.teacher)
+    experiment = difficulty.scored(experiment, teachers)
     arm = experiments.make_arm(experiment, DISTILLED, teachers)
     return Bench(
         experiment=experiment,

@@ -20,12 +20,13 @@ from rich.table import Table
 
 from kdjax import checkpoint, metrics, objective, sharding, train
 from kdjax import experiment as experiments
+from kdjax.data import pipeline
 from kdjax.data.sources import Dataset, Split
 from kdjax.errors import UserError
 from kdjax.experiment import DISTILLED, MAIN, Experiment
 from kdjax.model import Array, Model, Outputs, Params, Variables
 from kdjax.objective import Batch, Hparams, Objective
-from kdjax.recipes import program
+from kdjax.recipes import difficulty, program
 from kdjax.results import bytes_text
 from kdjax.state import TrainState, trainable
 from kdjax.step import HPARAMS, make_train_step
@@ -101,6 +102,7 @@ def _of_models(experiment: Experiment) -> list[Check]:
         for number, (name, model) in enumerate(experiment.teachers.items())
     }
     placed = train.put_teachers(teachers, mesh, experiment.config.sharding.teacher)
+    experiment = difficulty.scored(experiment, teachers)
     arm = experiments.make_arm(experiment, DISTILLED, placed)
     state = train.fresh_state(arm, mesh)
     other = train.fresh_state(
@@ -303,13 +305,8 @@ def _small_batch(experiment: Experiment, arm: train.Arm) -> Batch:
     unit = 2 * experiment.mesh.size
     size = max(min(arm.batch_size, EXAMPLES) // unit, 1) * unit
     split = experiment.student_train
-    ids = np.arange(size) % len(split.labels)
-    raw = {
-        "inputs": split.inputs[ids],
-        "labels": split.labels[ids],
-        "id": ids.astype(np.int32),
-        "epoch": 0 * ids.astype(np.int32),
-    }
+    ids = (np.arange(size) % len(split.labels)).astype(np.int32)
+    raw = pipeline.gather(split, ids, np.zeros_like(ids))
     return jax.jit(classification.make_normalise(experiment.dataset))(sharding.put_batch(raw, experiment.mesh))
 
 

@@ -22,10 +22,11 @@ from kdjax import config as configs
 from kdjax import experiment as experiments
 from kdjax.compare import report as compare_report
 from kdjax.compare import results as contract
+from kdjax.data.sources import Split
 from kdjax.errors import UserError
 from kdjax.experiment import ALONE, DISTILLED, Experiment
 from kdjax.model import Variables, parameter_count
-from kdjax.recipes import distill, methods, population, program
+from kdjax.recipes import difficulty, distill, methods, population, program
 from kdjax.state import inference_variables
 from kdjax.tasks import classification
 from kdjax.writers import JsonlWriter, write_atomic
@@ -84,7 +85,9 @@ def run(
             workdir=Path(workdir),
             seeds=[config.seed + index for index in range(seeds)],
             teachers={name: teacher.variables for name, teacher in taught.items()},
-            teacher_logits=_teacher_logits(experiment, taught),
+            teacher_logits=_teacher_logits(
+                experiment, {name: teacher.variables for name, teacher in taught.items()}, experiment.dataset.test
+            ),
             say=say,
         )
         found = {}
@@ -193,17 +196,16 @@ def _arm(study: Study, name: str, experiment: Experiment, programs: dict) -> tra
     if "arm" not in programs:
         kind = ALONE if name == methods.CONTROL else DISTILLED
         taught = {} if kind == ALONE else study.teachers
+        experiment = difficulty.scored(experiment, study.teachers, study.workdir)
         programs["arm"] = experiments.make_arm(experiment, kind, taught)
     return programs["arm"]
 
 
-def _teacher_logits(experiment: Experiment, taught: Mapping[str, distill.Trained]) -> np.ndarray:
-    """What the teachers say together of the test split."""
+def _teacher_logits(experiment: Experiment, teachers: Mapping[str, Variables], split: Split) -> np.ndarray:
+    """What the teachers say together of a split."""
     size = experiment.config.data.eval_batch_size
-    of = lambda name: classification.make_score(experiment.teachers[name], experiment.dataset, experiment.mesh, size)(
-        taught[name].variables, experiment.dataset.test
-    )
-    return distill._combined(experiment, {name: of(name) for name in taught})
+    of = lambda name: classification.make_score(experiment.teachers[name], experiment.dataset, experiment.mesh, size)
+    return distill.combined(experiment, {name: of(name)(teachers[name], split) for name in teachers})
 
 
 def _scores(experiment: Experiment, variables: Variables) -> np.ndarray:
@@ -218,18 +220,22 @@ def _scores(experiment: Experiment, variables: Variables) -> np.ndarray:
 def _tune(study: Study, name: str, experiment: Experiment, trials: int) -> dict[str, Any] | None:
     """Chooses a method's weight among as many as every method is given, as a population, on held-out examples.
 
-    The teacher has seen the held-out examples; the student has not.
+    They count as right by their label, or by the teacher's answer where the student may not see the label. The teacher
+    has learnt from the held-out examples; the student has not.
     """
     term = methods.tuned_term(name)
     if trials == 1 or term is None:
         return None
     weights = [methods.losses_of(name)[term]["weight"] * factor for factor in FACTORS[:trials]]
     train_part, held_out = _held_out(experiment)
+    said = _teacher_logits(experiment, study.teachers, held_out).argmax(-1).astype(held_out.labels.dtype)
+    held_out = held_out._replace(labels=np.where(held_out.labels >= 0, held_out.labels, said))
     dataset = experiment.dataset._replace(test=held_out)
     experiment = experiment._replace(student_train=train_part, dataset=dataset)
     key = f"losses.{term}.weight"
     # All terms of the method keep their proportions: one factor for all.
     changed = [_of_method(experiment, name, factor).config for factor in FACTORS[:trials]]
+    experiment = difficulty.scored(experiment, study.teachers)  # of this part of the examples alone
     arm = experiments.make_arm(experiment, DISTILLED, study.teachers, members=changed)
     arm = experiments.reseeded(experiment, arm, TUNING_SEED)._replace(name=f"{name}/tuning")
     done = train.run(
@@ -240,16 +246,13 @@ def _tune(study: Study, name: str, experiment: Experiment, trials: int) -> dict[
     return {"key": key, "tried": weights, "accuracy": accuracy, "chosen": weights[int(np.argmax(accuracy))]}
 
 
-def _held_out(experiment: Experiment) -> tuple[Any, Any]:
+def _held_out(experiment: Experiment) -> tuple[Split, Split]:
     """The student's training split in two: to train on, and to tune on."""
     split = experiment.student_train
     order = np.random.default_rng(TUNING_SEED).permutation(len(split.labels))
     count = max(round(HOLDOUT * len(order)), 1)
     part = lambda ids: jax.tree.map(lambda x: x[np.sort(ids)], split)
-    held_out = part(order[:count])
-    if (held_out.labels < 0).all():
-        raise UserError("--tune needs labelled training examples to choose by, and there are none: leave it at 1.")
-    return part(order[count:]), held_out
+    return part(order[count:]), part(order[:count])
 
 
 # ------------------------------------------------------------------------------------------------------------ grid
@@ -262,6 +265,7 @@ def _grid(study: Study, experiment: Experiment, grid: Mapping[str, Sequence[Any]
     folder = study.workdir / "cells" / "grid"
     folder.mkdir(parents=True, exist_ok=True)
     digest = configs.to_json({"members": members.changes})
+    experiment = difficulty.scored(experiment, study.teachers, study.workdir)
     base = experiments.make_arm(experiment, DISTILLED, study.teachers, members=members.configs)
     programs: dict = {}
     cells = []

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from kdjax import checkpoint, metrics, objective, report, results, train
+from kdjax import checkpoint, metrics, objective, report, results, train, weighting
 from kdjax import config as configs
 from kdjax import experiment as experiments
 from kdjax.errors import UserError, unknown
@@ -242,7 +242,7 @@ def score_and_report(experiment: Experiment, workdir: Path, done: dict[str, Trai
         for name, trained in done.items()
     }
     teachers = {name: done[name] for name in experiment.teachers}
-    reference = _combined(experiment, {name: logits[name] for name in teachers})
+    reference = combined(experiment, {name: logits[name] for name in teachers})
     predictions = {MAIN: reference, **{name: logits[name] for name in STUDENTS}}
     arms = {}
     for name, trained in {MAIN: _whole(teachers), **{name: done[name] for name in STUDENTS}}.items():
@@ -284,13 +284,17 @@ def score_and_report(experiment: Experiment, workdir: Path, done: dict[str, Trai
     return Outcome(found, len(dataset.test.labels))
 
 
-def _combined(experiment: Experiment, logits: dict[str, np.ndarray]) -> np.ndarray:
+def combined(experiment: Experiment, logits: dict[str, np.ndarray]) -> np.ndarray:
     """What several teachers say together, as the objective combines them at T = 1."""
     if len(logits) == 1:
         return logits[MAIN]
-    weights = [experiments.member(experiment.config, name).weight for name in logits]
+    how = experiment.config.teacher.combine
+    weights: list[Any] = [experiments.member(experiment.config, name).weight for name in logits]
+    if how == "routed":
+        weights = list(weighting.routed_shares(len(logits), jnp.asarray(experiment.dataset.test.domain)))
+    # Confidence is in the label, which nobody knows here: those teachers count as their weights say.
     together = objective.combine_teachers(
-        [*map(jnp.asarray, logits.values())], weights, experiment.config.teacher.combine
+        [*map(jnp.asarray, logits.values())], weights, "logits" if how == "logits" else "probabilities"
     )
     return np.asarray(jax.device_get(together))
 

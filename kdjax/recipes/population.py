@@ -24,7 +24,7 @@ from kdjax import experiment as experiments
 from kdjax.errors import UserError
 from kdjax.experiment import DISTILLED, Experiment
 from kdjax.model import Variables
-from kdjax.recipes import distill
+from kdjax.recipes import difficulty, distill
 from kdjax.state import inference_variables
 from kdjax.tasks import classification
 from kdjax.terms import TERMS
@@ -137,6 +137,7 @@ def run(
     with distill.claimed(workdir, experiment.config):
         taught = distill.obtain_teachers(experiment, workdir, say=say)
         teachers = {name: teacher.variables for name, teacher in taught.items()}
+        experiment = difficulty.scored(experiment, teachers, Path(workdir))
         _claim_members(members, Path(workdir))
         chunk = _chunk(experiment, members, teachers, Path(workdir), say)
         arm = experiments.make_arm(experiment, DISTILLED, teachers, members=members.configs, chunk=chunk)

@@ -3,7 +3,9 @@
 import itertools
 import json
 import os
+import shutil
 import signal
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -29,7 +31,7 @@ def config(steps=8, **changes):
         "1_large": {"name": "mlp", "options": {"hidden": (16,)}},
     }
     found.generations = 2
-    found.checkpoint.every = 3
+    found.checkpoint.every = 0
     for key, value in changes.items():
         found[key] = value
     return found
@@ -39,6 +41,14 @@ def meta(workdir, arm):
     folder = workdir / "checkpoints" / arm
     newest = max((child for child in folder.iterdir() if child.name.isdigit()), key=lambda child: int(child.name))
     return json.loads((newest / "meta" / "metadata").read_text())
+
+
+def without(workdir, copy, *arms):
+    """A copy of a workdir without what these arms left in it."""
+    shutil.copytree(workdir, copy)
+    for arm in arms:
+        shutil.rmtree(copy / "checkpoints" / arm)
+    return copy
 
 
 @pytest.fixture(scope="module")
@@ -110,29 +120,31 @@ def test_evaluate_gives_the_same_and_trains_nothing(run):
     assert (workdir / "metrics.jsonl").read_text() == before
 
 
-def test_evaluate_names_the_link_that_is_missing(run, tmp_path):
-    with pytest.raises(UserError, match="teacher in .* has no checkpoint"):
+def test_evaluate_names_the_link_that_is_missing(tmp_path):
+    with pytest.raises(UserError, match=r"teacher in .* has no checkpoint"):
         recipe.evaluate(config(), tmp_path, say=QUIET)
     for arm in (MAIN, LINKS[0]):
         recipe.run_one(config(), tmp_path, arm, say=QUIET)
-    with pytest.raises(UserError, match="assistant_2_small in .* has no checkpoint"):
+    with pytest.raises(UserError, match=r"assistant_2_small in .* has no checkpoint"):
         recipe.evaluate(config(), tmp_path, say=QUIET)
 
 
 def test_one_arm_trains_what_teaches_it_and_no_more(run, tmp_path):
-    workdir, found = run
+    workdir, _ = run
     done = recipe.run_one(config(), tmp_path, LINKS[1], say=QUIET)
     assert sorted(os.listdir(tmp_path / "checkpoints")) == sorted([MAIN, *LINKS[:2]])
     assert meta(tmp_path, LINKS[1])["teacher_sha256"] == meta(workdir, LINKS[1])["teacher_sha256"]
-    recipe.run_one(config(), tmp_path, DISTILLED, say=QUIET)
-    assert meta(tmp_path, DISTILLED) == {**meta(workdir, DISTILLED), "seconds": meta(tmp_path, DISTILLED)["seconds"]}
     assert done.steps == 8
-    with pytest.raises(UserError, match="unknown arm 'generation_2'.*generation_1"):
+    copied = without(workdir, tmp_path / "copy", DISTILLED)
+    recipe.run_one(config(), copied, DISTILLED, say=QUIET)
+    assert meta(copied, DISTILLED) == {**meta(workdir, DISTILLED), "seconds": meta(copied, DISTILLED)["seconds"]}
+    with pytest.raises(UserError, match=r"unknown arm 'generation_2'.*generation_1"):
         recipe.run_one(config(), tmp_path, "generation_2", say=QUIET)
 
 
 def test_a_signal_within_a_link_is_resumed_to_the_same_bits(run, tmp_path, monkeypatch):
-    _, found = run
+    whole, found = run
+    workdir = without(whole, tmp_path / "copy", *LINKS[1:])
     make_arm = experiments.make_arm
 
     def interrupted(experiment, name, *args, **kwargs):
@@ -152,10 +164,10 @@ def test_a_signal_within_a_link_is_resumed_to_the_same_bits(run, tmp_path, monke
     with monkeypatch.context() as patched:
         patched.setattr(experiments, "make_arm", interrupted)
         with pytest.raises(train.Interrupted, match="assistant_2_small stopped by a signal"):
-            recipe.run(config(), tmp_path, say=QUIET)
-    assert sorted(os.listdir(tmp_path / "checkpoints")) == sorted([MAIN, *LINKS[:2]])
+            recipe.run(config(), workdir, say=QUIET)
+    assert sorted(os.listdir(workdir / "checkpoints")) == sorted([MAIN, ALONE, *LINKS[:2]])
     heard = []
-    again = recipe.run(config(), tmp_path, say=heard.append).results
+    again = recipe.run(config(), workdir, say=heard.append).results
     assert any("assistant_2_small: resuming from step" in sentence for sentence in heard)
     digests = [{name: arm["params_sha256"] for name, arm in one["arms"].items()} for one in (found, again)]
     assert digests[0] == digests[1]
@@ -165,6 +177,7 @@ def test_a_signal_within_a_link_is_resumed_to_the_same_bits(run, tmp_path, monke
 def test_an_assistant_may_come_from_another_run(run, tmp_path):
     workdir, _ = run
     taken = config(generations=1)
+    taken.teacher.init = str(workdir)
     del taken.assistants["1_large"]
     taken.assistants["2_small"].init = str(workdir / "checkpoints" / LINKS[1])
     found = recipe.run(taken, tmp_path, say=QUIET).results
@@ -177,21 +190,14 @@ def test_an_assistant_may_come_from_another_run(run, tmp_path):
     assert not (tmp_path / "other" / "checkpoints").exists()  # refused before the teacher was trained
 
 
-def test_the_disk_check_counts_links(run, tmp_path, monkeypatch):
-    free = []
-
-    def usage(path):
-        free.append(path)
-        return os.statvfs_result((0,) * 10) if False else type("Usage", (), {"free": 100_000})()
-
-    monkeypatch.setattr(recipe.shutil, "disk_usage", usage)
-    with pytest.raises(UserError, match="will need .* and the disk has") as short:
+def test_the_disk_check_counts_links(tmp_path, monkeypatch):
+    monkeypatch.setattr(recipe.shutil, "disk_usage", lambda path: SimpleNamespace(free=0))
+    with pytest.raises(UserError, match=r"will need .* and the disk has") as short:
         recipe.run(config(), tmp_path, say=QUIET)
-    with pytest.raises(UserError, match="will need .* and the disk has") as plain:
+    with pytest.raises(UserError, match=r"will need .* and the disk has") as plain:
         recipe.run(config(assistants={}, generations=1), tmp_path / "plain", say=QUIET)
     needs = [float(str(error.value).split("will need ")[1].split()[0]) for error in (short, plain)]
     assert needs[0] > needs[1] + 10  # KiB
-    assert len(free) == 2
 
 
 @pytest.mark.parametrize(

@@ -37,7 +37,7 @@ def test_results_and_report_hold_every_cell(whole):
     assert all([cell["seed"] for cell in method["cells"]] == [0, 1] for method in found["methods"].values())
     assert found["methods"]["control"]["tuned"] is None
     tuned = found["methods"]["fitnets"]["tuned"]
-    assert tuned["tried"] == [100.0, 10.0] and len(tuned["accuracy"]) == 2
+    assert tuned["tried"] == [10.0, 1.0] and len(tuned["accuracy"]) == 2
     assert found["methods"]["fitnets"]["losses"]["fitnets"]["weight"] == tuned["chosen"]
     assert found["methods"]["fitnets"]["flops_per_step"] > found["methods"]["control"]["flops_per_step"] > 0
     assert len(found["grid"]["cells"]) == 8
