@@ -178,6 +178,7 @@ def make_arm(
     of_members = [_plans(one, name, total, per_epoch) for one in members] or [plans]
     augment = config.data.augment.to_dict() | ({} if is_student else config.teacher.augment.to_dict())
     goals = [_objective(experiment, name, plan, len(split.labels), per_epoch) for plan in plans]
+    _check_balance(config, name, goals)
     init_objective = _joined([goal.init for goal in goals])
     learned = jax.eval_shape(init_objective, jax.random.key(0))["params"]
     params = jax.eval_shape(model.init, jax.random.key(0))["params"]
@@ -296,6 +297,17 @@ def _objective(experiment: Experiment, name: str, plan: Plan, examples: int, per
             f"losses.{on_labels[0]} needs labels and the student sees none: set its weight to 0, or raise data.labels."
         )
     return goal
+
+
+def _check_balance(config: ConfigDict, name: str, goals: Sequence[objective.Objective]) -> None:
+    if name != DISTILLED or config.balance == "fixed":
+        return
+    if config.train.accumulate > 1:
+        raise UserError(
+            f"balance={config.balance} weighs the losses of whole batches: set train.accumulate to 1, or balance to fixed."
+        )
+    if len({frozenset(goal.terms) for goal in goals}) > 1:
+        raise UserError(f"balance={config.balance} needs the same terms in all stages: set balance to fixed.")
 
 
 def _network(model: Model, shape: tuple[int, ...], section: ConfigDict) -> Network:

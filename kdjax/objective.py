@@ -91,6 +91,7 @@ _RANGES: dict[str, tuple[str, Callable[[float], bool]]] = {
     "mask_ratio": ("from 0 to less than 1", lambda value: 0 <= value < 1),
     "share": ("from 0 to 1", lambda value: 0 <= value <= 1),
 }
+_KEY_SHAPE = jax.eval_shape(lambda: jax.random.key(0))
 _NOT_NEGATIVE = ("0 or more", lambda value: value >= 0)
 
 
@@ -209,7 +210,8 @@ def make_objective(
                 value = jnp.where(rows > 0, value, 0.0)
                 kind = one.static.get("examples", "all")
                 if kind != "all":
-                    value *= weighting.of_examples(kind, student.logits, teacher_logits(1.0), batch["labels"])
+                    weights = weighting.of_examples(kind, student.logits, teacher_logits(1.0), batch["labels"])
+                    value *= jnp.where(rows > 0, weights, 0.0)
                 sums[name] = jnp.sum(value)
             else:
                 sums[name] = value * jnp.sum(valid)
@@ -267,9 +269,11 @@ def _sizes(one: _Active, setting: Setting) -> Sizes:
 def _try(active: Mapping[str, _Active], setting: Setting) -> None:
     """Shapes each term that reads taps once, so that features that do not fit are refused before any device time."""
     for name, one in active.items():
-        if not one.pairs.pairs:
-            continue
         sizes = _sizes(one, setting)
+        if not one.pairs.pairs:
+            if one.term.init:
+                jax.eval_shape(lambda key, one=one, sizes=sizes: one.term.init(key, sizes, one.at_start), _KEY_SHAPE)
+            continue
         batch = (sizes.pairs[0][0] or (1,))[0]
         scores, rows = jnp.zeros((batch, max(setting.classes, 2))), jnp.zeros(batch)
 
@@ -290,7 +294,7 @@ def _try(active: Mapping[str, _Active], setting: Setting) -> None:
             return one.term.loss(view, one.static | dict.fromkeys(one.numbers, 0.5))
 
         try:
-            jax.eval_shape(value, jax.random.key(0))
+            jax.eval_shape(value, _KEY_SHAPE)
         except UserError as error:
             joined = ", ".join(
                 f"{s} {list(a)} and {t} {list(b)}" for (s, t), (a, b) in zip(one.pairs.pairs, sizes.pairs, strict=True)

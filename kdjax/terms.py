@@ -181,6 +181,10 @@ def _tapped(value: Callable[..., Any], options: Mapping[str, Any], layers: str =
     return Term(value, {**common, **options}, reads="taps", **{"taps": BLOCKS, **fields})
 
 
+def _without_layer_weights(term: Term) -> Term:
+    return term._replace(options={name: value for name, value in term.options.items() if name != "layer_weights"})
+
+
 def _pairwise(
     loss: Callable[..., Array],
     *,
@@ -231,9 +235,7 @@ def _pairwise(
                 params[str(index)] = init(own, student, teacher, **_only(init, options))
             elif projector:
                 params[str(index)] = projectors.init(own, options["projector"], student[-1], teacher[-1])
-        if options["layers"] == "learned":
-            params["layers"] = jnp.zeros((sizes.student_layers, len(sizes.pairs) // sizes.student_layers))
-        return params
+        return params | _layers(sizes, options)
 
     options = _options(loss)
     if init:
@@ -241,6 +243,18 @@ def _pairwise(
     if projector:
         options["projector"] = projector
     return _tapped(value, options, layers, over=over, init=make, random=random, **fields)
+
+
+def _layers(sizes: Sizes, options: Options) -> Params:
+    """The learned part of a learned layer map: the logits [student layers, teacher layers] of its weights."""
+    if options["layers"] != "learned":
+        return {}
+    return {"layers": jnp.zeros((sizes.student_layers, len(sizes.pairs) // sizes.student_layers))}
+
+
+def _not_learned(options: Options, why: str) -> None:
+    if options["layers"] == "learned":
+        raise UserError(f"a learned layer map does not fit a term that {why}: choose another value of layers.")
 
 
 def _over_layers(values: Sequence[Array], learned: Params, options: Options) -> Array:
@@ -262,12 +276,12 @@ def _all_pairs(loss: Callable[..., Array], init: Callable[..., Params], layers: 
         return loss(view.learned, list(students), list(teachers), **_only(loss, options))
 
     def make(key: Array, sizes: Sizes, options: Options) -> Params:
+        _not_learned(options, "reads all layers together")
         students, teachers = zip(*sizes.pairs, strict=True)
         return init(key, list(students), list(teachers), **_only(init, options))
 
     options = _options(init) | _options(loss)
-    term = _tapped(value, options, layers, init=make)
-    return term._replace(options={k: v for k, v in term.options.items() if k != "layer_weights"})
+    return _without_layer_weights(_tapped(value, options, layers, init=make))
 
 
 # ------------------------------------------------------------------------------------------------ features, joined
@@ -290,17 +304,26 @@ def _fsp(view: View, options: Options) -> Array:
 
 
 def _projectors(key: Array, sizes: Sizes, options: Options) -> Params:
+    _not_learned(options, "relates neighbouring layers")
     make = lambda index, pair: projectors.init(
         jax.random.fold_in(key, index), options["projector"], pair[0][-1], pair[1][-1]
     )
     return {str(index): make(index, pair) for index, pair in enumerate(sizes.pairs)}
 
 
+def _one(pairs: Sequence[Any]) -> Sequence[Any]:
+    if len(pairs) != 1:
+        raise UserError(
+            f"a contrastive term compares one pair of layers, not {len(pairs)}: name one tap of each model."
+        )
+    return pairs
+
+
 def _contrastive(loss: Callable[..., Array]) -> Term:
     """A contrastive loss of pooled features over the global batch and, where asked for, a queue of earlier ones."""
 
     def value(view: View, options: Options) -> Any:
-        ((student, teacher),) = view.pairs
+        ((student, teacher),) = _one(view.pairs)
         student, teacher = projectors.pool(student), projectors.pool(teacher)
         labels = view.labels if options["by_label"] else None
         given = {**_only(loss, options), "labels": labels, "queue": view.memory.get("queue")}
@@ -313,7 +336,7 @@ def _contrastive(loss: Callable[..., Array]) -> Term:
         return found, view.memory | {"queue": contrastive.push(given["queue"], *new, view.labels, view.valid)}
 
     def make(key: Array, sizes: Sizes, options: Options) -> Params:
-        ((student, teacher),) = sizes.pairs
+        ((student, teacher),) = _one(sizes.pairs)
         pooled = (student[0], student[-1]), (teacher[0], teacher[-1])
         return contrastive.init_contrastive(key, *pooled, width=options["width"])
 
@@ -325,8 +348,7 @@ def _contrastive(loss: Callable[..., Array]) -> Term:
 
     options = {"width": 128, "queue": 0, "by_label": False} | _options(loss)
     options.pop("examples", None)
-    term = _tapped(value, options, init=make, memory=remember)
-    return term._replace(options={k: v for k, v in term.options.items() if k != "layer_weights"})
+    return _without_layer_weights(_tapped(value, options, init=make, memory=remember))
 
 
 # ------------------------------------------------------------------------------------------------ transformers
@@ -353,7 +375,11 @@ def _attention(loss: Callable[..., Array], parts: int, layers: str, **more: Any)
         values = [loss(s[:parts], t[:parts], None, **_only(loss, options)) for s, t in _heads(view, options)]
         return _over_layers(values, view.learned, options)
 
-    return _tapped(value, _options(loss) | {"student_heads": 0, "teacher_heads": 0} | more, layers, taps=QKV)
+    def make(key: Array, sizes: Sizes, options: Options) -> Params:
+        return _layers(sizes, options)
+
+    options = _options(loss) | {"student_heads": 0, "teacher_heads": 0} | more
+    return _tapped(value, options, layers, taps=QKV, init=make)
 
 
 # ------------------------------------------------------------------------------------------------ self-taught
@@ -446,7 +472,9 @@ TERMS: dict[str, Term] = {
     "rkd_angle": _pairwise(relation.rkd_angle, over="batch", prepare=projectors.pool),
     "similarity": _pairwise(relation.similarity_preserving, over="batch"),
     "correlation": _pairwise(relation.correlation_congruence, over="batch", prepare=projectors.pool),
-    "fsp": _tapped(_fsp, _options(relation.fsp) | {"projector": "linear"}, "uniform", init=_projectors),
+    "fsp": _without_layer_weights(
+        _tapped(_fsp, _options(relation.fsp) | {"projector": "linear"}, "uniform", init=_projectors)
+    ),
     "ickd": _pairwise(relation.ickd, projector="linear"),
     # Contrast.
     "crd": _contrastive(contrastive.crd),

@@ -27,7 +27,10 @@ VARIANTS = {
     "imagenet_patient_teacher": [""],
     "curriculum": ["", "hard_first", "random"],
     "teachers": ["", "averaged", "confidence"],
-    "strategies": [],  # tests/test_strategies.py
+    "strategies": [
+        *("", "assistant", "born_again", "simkd", "ema_teacher", "exits", "past_predictions"),
+        *("curriculum_temperature", "responsive", "uncertainty", "dwa", "features_then_logits"),
+    ],
 }
 ALL = [(name, variant) for name in FILES for variant in VARIANTS[name]]
 # Variants whose step is that of another one.
@@ -123,8 +126,11 @@ def fresh_state(arm, mesh):
     return jax.tree.map(lambda x, shape: jax.device_put(x, shape.sharding), host, shapes)
 
 
-# Slow because XLA must compile deep networks; one pass over the variants that differ in what is compiled.
-@pytest.mark.parametrize(("name", "variant"), [pair for pair in ALL if pair not in SAME_STEP])
+# Slow because XLA must compile deep networks; one pass over the variants that differ in what is compiled. Strategies
+# differ in more than a step: tests/test_strategies.py.
+@pytest.mark.parametrize(
+    ("name", "variant"), [pair for pair in ALL if pair not in SAME_STEP and pair[0] != "strategies"]
+)
 def test_two_steps_on_data_of_its_shape(name, variant):
     experiment = on_synthetic(name, variant)
     mesh = experiment.mesh

@@ -138,6 +138,13 @@ def test_learned_layer_weights_move_to_the_nearest_layer():
     assert weights.shape == (2, 3) and float(jnp.abs(weights - 1 / 3).max()) > 1e-3
 
 
+def test_attention_terms_learn_a_layer_map_too():
+    _, last, _ = run("minilm", 3, weight=10.0, layers="learned")
+    assert (
+        last.learned["params"]["minilm"]["layers"].shape == (2, 4) and last.learned["params"]["minilm"]["layers"].any()
+    )
+
+
 def test_fixed_layer_weights_are_those_of_the_config():
     _, _, equal = run("similarity", steps=1, layers="uniform")
     _, _, first = run("similarity", steps=1, layers="uniform", layer_weights=(1.0, 0.0, 0.0))
@@ -156,6 +163,9 @@ def test_fixed_layer_weights_are_those_of_the_config():
         ({"minilm": {}}, "finds no module like"),
         ({"vid": {"weigth": 1.0}}, "did you mean 'weight'"),
         ({"kl": {"examples": "hard"}}, "losses.kl.examples"),
+        ({"crd": {"layers": "uniform"}}, "compares one pair of layers, not 3"),
+        ({"review": {"layers": "learned"}}, "a learned layer map does not fit"),
+        ({"mutual": {}}, "name one or more in peers"),
     ],
 )
 def test_what_cannot_work_is_refused_in_one_sentence(terms, message):

@@ -89,7 +89,7 @@ def measure(config: ConfigDict, members: int = MEMBERS) -> dict[str, Any]:
     """
     if members < 2:
         raise UserError(f"a population of {members} shares its teacher with nobody: give --seeds of 2 or more.")
-    many = _members(_plain(config), members, RATES if members % 2 == 0 else RATES[:1])
+    many = _members(plain(config), members, RATES if members % 2 == 0 else RATES[:1])
     experiment = experiments.prepare(many.template)
     goal = experiments.make_arm(experiment, DISTILLED).stages[0].objective
     if goal is None or not goal.uses_teacher:
@@ -189,7 +189,7 @@ def in_turns(
 def compiled_over_grid(
     experiment: Experiment, teachers: Mapping[str, Variables], first: Run, members: int
 ) -> list[str]:
-    """What is compiled when another grid, each traced number of which differs, goes through a finished run's program."""
+    """What is compiled when another grid, in which every traced number differs, runs in a finished run's program."""
     config, stage = experiment.config, first.arm.stages[0]
     assert stage.objective is not None, "experiments.make_arm sets it"
     numbers = {f"losses.{name}": value for name, value in stage.objective.hparams.items()}
@@ -242,10 +242,10 @@ def environment(experiment: Experiment) -> dict[str, Any]:
 # ------------------------------------------------------------------------------------------------------- its parts
 
 
-def _plain(config: ConfigDict) -> ConfigDict:
+def plain(config: ConfigDict) -> ConfigDict:
     """The config as one stage of plain SGD, in one part, without models between teacher and student."""
     changed = ConfigDict(config.to_dict(), type_safe=False)
-    changed.update(stages={}, assistants={}, generations=1)
+    changed.stages, changed.assistants, changed.generations = {}, {}, 1
     changed.train.update(steps=changed.train.steps or STEPS, accumulate=1)
     changed.optimizer = {**configs.default().optimizer.to_dict(), "name": "sgd", "learning_rate": RATES[0]}
     return configs.resolve(changed)

@@ -159,7 +159,7 @@ def _over_parts(whole: float, *parts: float) -> float:
 def _with_term(config: ConfigDict, name: str = "", *, only: bool = False) -> ConfigDict:
     """The config with one feature term, or none; with ``only``, no other term either."""
     changed = ConfigDict(config.to_dict(), type_safe=False)
-    changed.update(stages={}, assistants={}, generations=1)
+    changed.stages, changed.assistants, changed.generations = {}, {}, 1
     for term, options in changed.losses.items():
         if only or TERMS[term].reads == "taps":
             options.weight = 0.0
