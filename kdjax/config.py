@@ -71,7 +71,7 @@ def default() -> ConfigDict:
     }
     config.assistants = {}  # name -> {name, options, init}: between teacher and student, in the order of their names
     config.generations = 1  # how often the student is distilled, each time from the student before
-    config.peers = {}  # name -> {name, options}: students that learn beside the student, and it from them (losses.mutual)
+    config.peers = {}  # name -> {name, options}: they learn beside the student and from each other (losses.mutual)
     config.losses = objective.default_losses()  # every term, switched off
     config.losses.kl.update(weight=0.9, temperature=4.0)
     config.losses.ce.update(weight=0.1)

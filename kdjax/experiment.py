@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from kdjax import chain, checkpoint, models, objective, optimizer, reuse, schedules, sharding, state, train
 from kdjax import config as configs
+from kdjax.catalogue import TERMS
 from kdjax.data import curriculum, pipeline, sources
 from kdjax.data.sources import Dataset, Split
 from kdjax.errors import UserError, unknown
@@ -23,7 +24,6 @@ from kdjax.stages import Plan, make_plan
 from kdjax.step import make_train_step
 from kdjax.taps import Network
 from kdjax.tasks import classification
-from kdjax.terms import TERMS
 
 MAIN = "teacher"  # the name of the first teacher; more have the names that the config gives them
 STUDENTS = ALONE, DISTILLED = ("student_alone", "student_distilled")
@@ -260,8 +260,8 @@ def _batches(experiment: Experiment, name: str, seed: int, total: int, has_teach
             return pipeline.train_batches(split, **common)
         if experiment.difficulty is None:
             raise UserError(
-                f"data.curriculum.pacing={plan['pacing']} needs the difficulty of each example, which nobody has scored "
-                "(kdjax.recipes.difficulty): use kdjax distill, or set it to none."
+                f"data.curriculum.pacing={plan['pacing']} needs the difficulty of each example, which nobody has "
+                "scored (kdjax.recipes.difficulty): use kdjax distill, or set it to none."
             )
         return curriculum.batches(split, experiment.difficulty, total_steps=total, **plan, **common)
 
@@ -304,7 +304,8 @@ def _check_balance(config: ConfigDict, name: str, goals: Sequence[objective.Obje
         return
     if config.train.accumulate > 1:
         raise UserError(
-            f"balance={config.balance} weighs the losses of whole batches: set train.accumulate to 1, or balance to fixed."
+            f"balance={config.balance} weighs the losses of whole batches: set train.accumulate to 1, or balance to "
+            "fixed."
         )
     if len({frozenset(goal.terms) for goal in goals}) > 1:
         raise UserError(f"balance={config.balance} needs the same terms in all stages: set balance to fixed.")
@@ -417,14 +418,14 @@ def _stage(
 ) -> train.Stage:
     plan = plans[0]
     make = partial(schedules.make, steps_per_epoch=per_epoch)
-    found = []
+    found: list[tuple[dict[str, Any], dict[str, Any]]] = []
     for one in plans:
         numbers = _numbers(goal.hparams, one.losses)
         terms = {
             name: make(spec, total_steps=one.stop - one.start, name=f"losses.{name}") for name, spec in numbers.items()
         }
-        rate = make(one.learning_rate, total_steps=one.rate_stop - one.rate_start, name="learning_rate")
-        found.append((terms, {"learning_rate": rate}))
+        speed = make(one.learning_rate, total_steps=one.rate_stop - one.rate_start, name="learning_rate")
+        found.append((terms, {"learning_rate": speed}))
     terms, rate = found[0]
 
     def hparams_at(params, step):

@@ -13,10 +13,11 @@ import jax
 import jax.numpy as jnp
 
 from kdjax import losses, weighting
+from kdjax.catalogue import TERMS
 from kdjax.errors import UserError, unknown
 from kdjax.model import Array, Model, Outputs, Variables
 from kdjax.taps import Network, Pairs, pairs_of
-from kdjax.terms import TERMS, Sizes, Term, View
+from kdjax.terms import Sizes, Term, View
 
 Batch = Mapping[str, Array]
 Hparams = Mapping[str, Any]
@@ -117,8 +118,8 @@ def make_objective(
     """Builds the objective from ``{term: {"weight": ..., option: ...}}``.
 
     Args:
-      terms: the terms by name (``terms.TERMS``); each number may be a schedule (see ``schedules``). A term with weight
-        0 is left out.
+      terms: the terms by name (``catalogue.TERMS``); each number may be a schedule (see ``schedules``). A term with
+        weight 0 is left out.
       teacher_weights: the weight of each teacher by name; ``None`` for one teacher.
       combine: how several teachers' scores become one (:data:`COMBINATIONS`): the mean of their probabilities (at the
         term's temperature) or of their logits; or probabilities weighted for each example, by how well a teacher knows
@@ -278,7 +279,7 @@ def _try(active: Mapping[str, _Active], setting: Setting) -> None:
         scores, rows = jnp.zeros((batch, max(setting.classes, 2))), jnp.zeros(batch)
 
         def value(key, one=one, sizes=sizes, scores=scores, rows=rows):
-            blank = lambda shape: jnp.zeros(shape) if shape else None
+            blank = lambda shape: jnp.zeros(shape)
             view = View(
                 logits=scores,
                 teacher_logits=lambda temperature: scores,

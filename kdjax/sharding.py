@@ -60,7 +60,7 @@ def by_rules(tree: Any, mesh: Mesh, rules: Rules, *, members: int = 0) -> Any:
 
     ``"replicate"`` keeps a copy on each device; ``"fsdp"`` splits the largest dimension that the ``fsdp`` axis
     divides. An optimiser's moments carry the path of their parameter, so they follow it. In a population of ``members``
-    the leading dimension is split over the axis ``members`` instead, where the mesh has one, and the rules see the rest.
+    the leading dimension is split over the axis ``members``, where the mesh has one, and the rules see the rest.
 
     Raises:
       UserError: an unknown tactic, or a parameter that no rule speaks of.

@@ -73,7 +73,7 @@ def _taps(name: str, side: str, given: Sequence[str], pattern: str, network: Net
     if not matching:
         some = ", ".join(list(network.taps)[:8])
         raise UserError(
-            f"losses.{name} finds no module like {pattern!r} in the {side}: set losses.{name}.{side}_taps to some of its "
-            f"modules, such as {some}."
+            f"losses.{name} finds no module like {pattern!r} in the {side}: set losses.{name}.{side}_taps to some of "
+            f"its modules, such as {some}."
         )
     return matching

@@ -93,7 +93,7 @@ def routed_shares(teachers: int, domain: Array) -> Array:
 BALANCES = ("fixed", "uncertainty", "dwa")
 
 
-def init_balance(kind: str, terms: Sequence[str]) -> tuple[Params, dict[str, Array]]:
+def init_balance(kind: str, terms: Sequence[str]) -> tuple[Params, dict[str, Any]]:
     """``(learned, memory)`` of a balance over these terms."""
     zeros = lambda: {name: jnp.zeros(()) for name in terms}
     if kind == "uncertainty":

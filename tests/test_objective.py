@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 
 from kdjax import losses
+from kdjax.catalogue import TERMS
 from kdjax.errors import UserError
 from kdjax.model import Outputs
-from kdjax.objective import TERMS, make_objective
+from kdjax.objective import make_objective
 
 # The terms on scores, which need no model; tests/test_terms.py has the others.
 SCORES = [

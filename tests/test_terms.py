@@ -9,12 +9,12 @@ import optax
 import pytest
 
 from kdjax import models, state
+from kdjax.catalogue import QKV, TERMS
 from kdjax.errors import UserError
 from kdjax.model import from_nnx, tap_shapes
 from kdjax.objective import Setting, make_objective
 from kdjax.step import make_train_step
 from kdjax.taps import Network
-from kdjax.terms import QKV, TERMS
 from tests.helpers import batch
 
 SHAPE = (8, 8, 1)

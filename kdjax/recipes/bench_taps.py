@@ -13,6 +13,7 @@ from rich.table import Table
 from kdjax import config as configs
 from kdjax import experiment as experiments
 from kdjax import optimizer
+from kdjax.catalogue import TERMS
 from kdjax.experiment import DISTILLED, MAIN
 from kdjax.model import Outputs, Variables
 from kdjax.recipes import bench_step, program
@@ -20,7 +21,6 @@ from kdjax.recipes.bench_population import environment
 from kdjax.recipes.bench_step import Bench
 from kdjax.state import inference_variables
 from kdjax.tasks import classification
-from kdjax.terms import TERMS
 
 NAMES = ("similarity", "fitnets", "attention_transfer")
 REPEATS = 5  # of the timed comparison, which share bench_step.SECONDS

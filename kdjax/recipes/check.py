@@ -20,6 +20,7 @@ from rich.table import Table
 
 from kdjax import checkpoint, metrics, objective, sharding, train
 from kdjax import experiment as experiments
+from kdjax.catalogue import TERMS
 from kdjax.data import pipeline
 from kdjax.data.sources import Dataset, Split
 from kdjax.errors import UserError
@@ -31,7 +32,6 @@ from kdjax.results import bytes_text
 from kdjax.state import TrainState, trainable
 from kdjax.step import HPARAMS, make_train_step
 from kdjax.tasks import classification
-from kdjax.terms import TERMS
 
 EXAMPLES = 32  # in the batch of the identities
 TEACHER_EXAMPLES = 512  # of the test set, to score a teacher on
@@ -122,8 +122,8 @@ def _of_models(experiment: Experiment) -> list[Check]:
         assert goal is not None, "make_arm gives every stage its objective"
         for name, options in goal.terms.items():
             term = TERMS[name]
-            alone = options | {key: hparams[f"{name}.{key}"] for key in options if f"{name}.{key}" in hparams}
-            alone |= {"weight": 1.0}
+            alone = dict(options) | {key: hparams[f"{name}.{key}"] for key in options if f"{name}.{key}" in hparams}
+            alone["weight"] = 1.0
             if term.reads != "logits" or (name, str(alone)) in seen:
                 continue
             seen.add((name, str(alone)))

@@ -1,7 +1,7 @@
 """``kdjax compare``: the control and every method, over several seeds, with equal updates and equally tuned.
 
-One teacher teaches all. A seed sets a student's initial weights, the order of examples and the views; the same seeds are
-used for every method, so differences are paired. A cell (a method with a seed) that is finished is never run again, and
+One teacher teaches all. A seed sets a student's initial weights, the order of examples and the views; every method
+meets the same seeds, so differences are paired. A cell (a method with a seed) that is finished is never run again, and
 one that was interrupted goes on from its checkpoint.
 """
 
@@ -10,6 +10,7 @@ import json
 import shutil
 import statistics
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -124,10 +125,8 @@ def _method(study: Study, name: str, experiment: Experiment, trials: int) -> dic
         assert term is not None, "a method without a term of its own is not tuned"
         experiment = _of_method(experiment, name, tuned["chosen"] / methods.losses_of(name)[term]["weight"])
     programs: dict = {}
-    cells = [
-        _remembered(folder / f"seed-{seed}.json", lambda seed=seed: _cell(study, name, experiment, seed, programs))
-        for seed in study.seeds
-    ]
+    run = partial(_cell, study, name, experiment, programs)
+    cells = [_remembered(folder / f"seed-{seed}.json", partial(run, seed)) for seed in study.seeds]
     speeds = [cell.pop("examples_per_s") for cell in cells]
     return {
         "losses": {term: options for term, options in experiment.config.losses.to_dict().items() if options["weight"]},
@@ -147,7 +146,7 @@ def _remembered(path: Path, compute: Callable[[], Any]) -> Any:
     return value
 
 
-def _cell(study: Study, name: str, experiment: Experiment, seed: int, programs: dict) -> dict[str, Any]:
+def _cell(study: Study, name: str, experiment: Experiment, programs: dict, seed: int) -> dict[str, Any]:
     """Trains a method with one seed and scores it; its checkpoints go once its result stands."""
     arm = experiments.reseeded(experiment, _arm(study, name, experiment, programs), seed)
     arm = arm._replace(name=f"{name}/seed-{seed}")

@@ -21,13 +21,13 @@ from rich.table import Table
 from kdjax import checkpoint, metrics, objective, sharding, train
 from kdjax import config as configs
 from kdjax import experiment as experiments
+from kdjax.catalogue import TERMS
 from kdjax.errors import UserError
 from kdjax.experiment import DISTILLED, Experiment
 from kdjax.model import Variables
 from kdjax.recipes import difficulty, distill
 from kdjax.state import inference_variables
 from kdjax.tasks import classification
-from kdjax.terms import TERMS
 from kdjax.writers import JsonlWriter, write_atomic
 
 NAME = "population"
@@ -184,7 +184,7 @@ def _train(experiment: Experiment, arm: train.Arm, meta: dict[str, Any], workdir
         )
 
 
-def score(experiment: Experiment, stacked: Variables, members: int) -> list[dict[str, float]]:
+def score(experiment: Experiment, stacked: Variables, members: int) -> list[dict[str, Any]]:
     """Each member on the test split, from variables with a leading dimension of members."""
     config, test = experiment.config, experiment.dataset.test
     of_one = classification.make_score(

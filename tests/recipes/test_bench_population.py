@@ -92,16 +92,9 @@ def test_a_population_of_one_and_losses_without_a_teacher_are_refused(tmp_path):
 # -------------------------------------------------------------------------------------------------------------- taps
 
 
-def images():
-    found = tiny_config(steps=6)
-    found.teacher.name, found.teacher.options = "cnn", {"widths": (16, 16), "strides": (2, 2)}
-    found.student.name, found.student.options = "cnn", {"widths": (4, 4), "strides": (2, 2)}
-    return configs.resolve(found)
-
-
 def test_taps_are_compared_with_their_parts(monkeypatch):
     monkeypatch.setattr(bench_step, "SECONDS", 0.0)
-    values = bench_taps.measure(images(), ["fitnets"])
+    values = bench_taps.measure(config(), ["fitnets"])
     assert json.loads(json.dumps(values, allow_nan=False)) == values
     (term,) = values["terms"].values()
     assert 0.95 < term["flops_over_parts"] < 1.05 and values["data"] == "digits"
@@ -112,7 +105,7 @@ def test_taps_are_compared_with_their_parts(monkeypatch):
 
 
 def test_a_term_alone_is_that_term():
-    term_of = lambda name: configs.resolve(configs.override(images(), [f"losses.{name}.weight=1.0"]))
+    term_of = lambda name: configs.resolve(configs.override(config(), [f"losses.{name}.weight=1.0"]))
     only = configs.override(term_of("similarity"), ["losses.kl.weight=0.0", "losses.ce.weight=0.0"])
     measured = bench_step.prepare(term_of("similarity"))
     alone = bench_taps.term_alone(configs.resolve(only), measured)
