@@ -91,10 +91,11 @@ def check(call: Call) -> None:
 
 
 def bench(call: Call) -> None:
-    """Measure the step, several seeds, or a class that the student never saw.
+    """Measure the step, taps, a population, several seeds, or a class that the student never saw.
 
-    `bench step` times the compiled step against its parts, `bench seeds` trains all arms over several seeds, and `bench
-    omitted` repeats the omitted class of Hinton et al. (2015).
+    `bench step` times the compiled step against its parts, `bench taps` a feature term against the step without it,
+    `bench population` students side by side against separate runs; `bench seeds` trains all arms over several seeds,
+    and `bench omitted` repeats the omitted class of Hinton et al. (2015).
 
     Example:
       kdjax bench step --json
@@ -238,7 +239,8 @@ def _flags(verb: str) -> flags.FlagValues:
     if verb in ("check", "bench"):
         define(flags.DEFINE_bool, "json", False, "print one JSON object")
     if verb in ("bench", "compare", "population"):
-        define(flags.DEFINE_integer, "seeds", 1 if verb == "population" else 5, "how many seeds", lower_bound=1)
+        default = {"population": 1, "compare": 5}.get(verb)  # each benchmark has its own
+        define(flags.DEFINE_integer, "seeds", default, "how many seeds, or members of a population", lower_bound=1)
     if verb in ("compare", "population"):
         define(
             flags.DEFINE_string, "grid", None, "KEY=VALUE,VALUE ...: numbers of the config to try in all combinations"

@@ -160,8 +160,8 @@ def make_arm(
       chunk: how many of them run at a time; 0 for all.
     """
     if name in experiment.links:
-        within = experiment._replace(**experiment.links[name]._asdict(), links={})
-        return make_arm(within, DISTILLED, teacher_variables, members=members, chunk=chunk)._replace(name=name)
+        arm = make_arm(within(experiment, name), DISTILLED, teacher_variables, members=members, chunk=chunk)
+        return arm._replace(name=name)
     config = experiment.config
     is_student = name in STUDENTS
     split = experiment.student_train if is_student else experiment.dataset.train
@@ -211,6 +211,13 @@ def make_arm(
         teacher_rules=config.sharding.teacher,
         members=len(members),
     )
+
+
+def within(experiment: Experiment, name: str) -> Experiment:
+    """The experiment in which a link is the distilled student; this one, where the name is no link's."""
+    if name not in experiment.links:
+        return experiment
+    return experiment._replace(**experiment.links[name]._asdict(), links={})
 
 
 def model_of(experiment: Experiment, name: str) -> Model:

@@ -22,7 +22,7 @@ Scalar = float | Array
 KERNELS = ("linear", "polynomial", "gaussian")
 
 
-def attention_transfer(student: Array, teacher: Array, *, power: Scalar = 2.0, variant: str = "paper") -> Array:
+def attention_transfer(student: Array, teacher: Array, *, power: int = 2, variant: str = "paper") -> Array:
     """Attention transfer: the distance between normalised maps of where the activations are large.
 
     Q = vec(Σ_c |A_c|^p) over the channels of each, by position; the numbers of channels may differ.
@@ -33,7 +33,7 @@ def attention_transfer(student: Array, teacher: Array, *, power: Scalar = 2.0, v
     Args:
         student: [b, h, w, c] or [b, t, c], float.
         teacher: the same kind of feature; images of any size, tokens of equal number.
-        power: p > 0.
+        power: p, at least 1.
         variant: "paper" or "repdistiller".
 
     Returns:

@@ -94,7 +94,7 @@ def factor_transfer(
     student: Array,
     teacher: Array,
     *,
-    power: Scalar = 1.0,
+    power: int = 1,
     transfer_weight: Scalar = 1.0,
     reconstruction_weight: Scalar = 1.0,
     variant: str = "paper",
@@ -115,7 +115,7 @@ def factor_transfer(
         params: of `init_factor_transfer`.
         student: [b, h, w, c], float.
         teacher: [b, h, w, c], float; the factors, not the features, are pooled to the smaller size.
-        power: p > 0 of the distance.
+        power: p of the distance, at least 1.
         transfer_weight: weight of the distance.
         reconstruction_weight: weight of the paraphraser's error.
         variant: one of FACTOR_VARIANTS.

@@ -35,6 +35,7 @@ MEANING = {
     "flops_over_separate": "FLOPs of the population's step / of a separate step x members, as compiled",
     "recompiles": "compilations in a run over a second grid",
     "params_differ_by": "largest difference of a final parameter from the member's separate run",
+    "params_differ_by_one_by_one": "the same of the population as a loop over its members",
     "params_largest": "largest final parameter",
     "members": "",
     "steps": "of each",
@@ -119,7 +120,8 @@ def measure(config: ConfigDict, members: int = MEMBERS) -> dict[str, Any]:
         "over_separate_without_compile": training / separate_training,
         "flops_over_separate": flops / (members * alone[0].flops),
         "recompiles": len(compiled_over_grid(experiment, teachers, first, members)),
-        "params_differ_by": max(_differ_by(first.params, i, run.params) for i, run in enumerate(alone)),
+        "params_differ_by": _differ_by(first, alone),
+        "params_differ_by_one_by_one": _differ_by(other.get(1, first), alone),
         "params_largest": _largest(first.params),
         "members": members,
         "steps": experiment.config.train.steps,
@@ -277,8 +279,12 @@ def _ratios(experiment: Experiment, teachers: Mapping[str, Variables], teacher_f
     }
 
 
-def _differ_by(stacked: Params, index: int, own: Params) -> float:
-    return _largest(jax.tree.map(lambda member, x: member[index] - x, stacked, own))
+def _differ_by(together: Run, alone: Sequence[Run]) -> float:
+    differences = [
+        jax.tree.map(lambda stacked, own, i=i: stacked[i] - own, together.params, run.params)
+        for i, run in enumerate(alone)
+    ]
+    return max(map(_largest, differences))
 
 
 def _largest(params: Params) -> float:

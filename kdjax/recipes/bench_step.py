@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 from rich.table import Table
@@ -134,22 +135,28 @@ def fused_and_parts(bench: Bench, *, fewest: int = FEWEST, seconds: float | None
 def parts(bench: Bench) -> tuple[Any, Any, Batch]:
     """What the fused step is made of: ``(forward, student, seen)``.
 
-    ``forward(teachers, seen)`` gives the teachers' logits of the batch as the student sees it, normalised and augmented
-    beforehand; ``student(state, logits, batch, hparams)`` is the compiled step with these logits for teachers, and does
-    the preprocessing. Together they do what the fused step does, no more and no less.
+    ``forward(teachers, seen)`` gives the teachers' outputs for the batch as the student sees it, normalised and
+    augmented beforehand; ``student(state, outputs, batch, hparams)`` is the compiled step with these for teachers, and
+    does the preprocessing. Together they do what the fused step does, no more and no less.
     """
     experiment = bench.experiment
     preprocess = classification.make_preprocess(experiment.dataset, experiment.config.data.augment.to_dict())
     state = bench.state()
-    seen = jax.jit(preprocess)(bench.batch, state.key)
-    forward = jax.jit(_forward(experiment.teachers))
-    logits = forward(bench.teachers, seen)
-    # A "teacher" whose variables are its logits: the student's update is then the same code as in the fused step.
-    said = Model(init=lambda key: {}, apply=lambda logits, inputs, **_: (Outputs(logits), {}))
-    told = experiments.make_arm(experiment._replace(teachers=dict.fromkeys(experiment.teachers, said)), DISTILLED)
+    seen = jax.jit(preprocess)(bench.batch, state.view_key)
+    goal = bench.arm.stages[0].objective
+    forward = jax.jit(_forward(experiment.teachers, goal.teacher_taps if goal else ()))
+    outputs = forward(bench.teachers, seen)
+
+    # A "teacher" whose variables are its outputs: the student's update is then the same code as in the fused step.
+    def told(said: Outputs) -> Model:
+        blank = jax.tree.map(jnp.zeros_like, said)
+        return Model(init=lambda key: blank, apply=lambda said, inputs, **_: (Outputs(*said), {}))
+
+    stand_ins = {name: told(said) for name, said in outputs.items()}
+    arm = experiments.make_arm(experiment._replace(teachers=stand_ins), DISTILLED)
     shardings = jax.tree.map(lambda x: x.sharding, state)
-    args = (state, logits, bench.batch, bench.hparams)
-    student, _ = train.compile_step(told.stages[0].step, experiment.mesh, shardings, *args)
+    args = (state, outputs, bench.batch, bench.hparams)
+    student, _ = train.compile_step(arm.stages[0].step, experiment.mesh, shardings, *args)
     return forward, student, seen
 
 
@@ -231,9 +238,14 @@ def medians(calls: Mapping[str, Callable[[], Any]], fewest: int, seconds: float 
     return {name: statistics.median(taken) for name, taken in times.items()}
 
 
-def _forward(models: Mapping[str, Model]) -> Callable[[Mapping[str, Variables], Batch], dict[str, Array]]:
+def _forward(
+    models: Mapping[str, Model], taps: tuple[str, ...] = ()
+) -> Callable[[Mapping[str, Variables], Batch], dict[str, Outputs]]:
+    """The models' outputs of a batch; ``taps`` are those of the first one."""
+    tapped = dict.fromkeys(models, ()) | {name: taps for name in list(models)[:1]}
     return lambda variables, batch: {
-        name: model.apply(variables[name], batch["inputs"], train=False)[0].logits for name, model in models.items()
+        name: model.apply(variables[name], batch["inputs"], train=False, taps=tapped[name])[0]
+        for name, model in models.items()
     }
 
 

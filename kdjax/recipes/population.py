@@ -11,10 +11,12 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 from rich.table import Table
 
@@ -33,7 +35,7 @@ from kdjax.writers import JsonlWriter, write_atomic
 NAME = "population"
 SEED = "student.seed"
 _PARTS = ("init", "end", "factor", "warmup_init")  # the numbers of a schedule
-_TIMED_STEPS = 3
+_TIMED_STEPS = 7
 
 
 class Members(NamedTuple):
@@ -139,14 +141,14 @@ def run(
         teachers = {name: teacher.variables for name, teacher in taught.items()}
         experiment = difficulty.scored(experiment, teachers, Path(workdir))
         _claim_members(members, Path(workdir))
-        chunk = _chunk(experiment, members, teachers, Path(workdir), say)
-        arm = experiments.make_arm(experiment, DISTILLED, teachers, members=members.configs, chunk=chunk)
+        programs: dict = {}
+        arm, chunk = _chosen_arm(experiment, members, teachers, Path(workdir), programs, say)
         meta = {
             "config_sha256": experiment.config_sha256,
             "teacher_sha256": {name: checkpoint.digest(variables) for name, variables in teachers.items()},
         }
         arm = arm._replace(name=NAME)
-        done = _train(experiment, arm, meta, Path(workdir), say)
+        done = _train(experiment, arm, meta, Path(workdir), programs, say)
         scores = score(experiment, inference_variables(done.state), len(members.changes))
         found = {
             "chunk": chunk,
@@ -170,7 +172,9 @@ def _claim_members(members: Members, workdir: Path) -> None:
     write_atomic(place, json.dumps(members.changes, indent=1) + "\n")
 
 
-def _train(experiment: Experiment, arm: train.Arm, meta: dict[str, Any], workdir: Path, say: Any) -> train.Finished:
+def _train(
+    experiment: Experiment, arm: train.Arm, meta: dict[str, Any], workdir: Path, programs: dict, say: Any
+) -> train.Finished:
     config = experiment.config
     every = train.Every(config.log.every, 0, config.checkpoint.every, config.train.stop_on_nan)
     with contextlib.ExitStack() as stack:
@@ -180,7 +184,14 @@ def _train(experiment: Experiment, arm: train.Arm, meta: dict[str, Any], workdir
         if jax.process_index() == 0:
             writers.append(stack.enter_context(JsonlWriter(workdir / "metrics.jsonl")))
         return train.run(
-            arm, experiment.mesh, every=every, checkpoints=checkpoints, meta=meta, writers=writers, say=say
+            arm,
+            experiment.mesh,
+            every=every,
+            checkpoints=checkpoints,
+            meta=meta,
+            writers=writers,
+            programs=programs,
+            say=say,
         )
 
 
@@ -207,46 +218,60 @@ def score(experiment: Experiment, stacked: Variables, members: int) -> list[dict
 # ------------------------------------------------------------------------------------------------- how many at a time
 
 
-def _chunk(experiment: Experiment, members: Members, teachers: dict[str, Variables], workdir: Path, say: Any) -> int:
-    """How many members run at a time: as configured, as an earlier start of this run chose, or as measured."""
+def _chosen_arm(
+    experiment: Experiment,
+    members: Members,
+    teachers: dict[str, Variables],
+    workdir: Path,
+    programs: dict,
+    say: Callable[[str], None],
+) -> tuple[train.Arm, int]:
+    """The arm, and how many members it runs at a time: as configured, as an earlier start of this run chose, or as
+    measured; what measuring compiled is kept in ``programs``."""
+    make = partial(experiments.make_arm, experiment, DISTILLED, teachers, members=members.configs)
     count = len(members.changes)
-    configured = experiment.config.population.chunk
-    if configured < 0 or (configured and count % configured):
-        raise UserError(f"population.chunk={configured} does not divide the {count} members: choose a divisor, or 0.")
-    if configured or count == 1:
-        return configured or 1
+    chunk = experiment.config.population.chunk or (1 if count == 1 else 0)
+    if chunk < 0 or (chunk and count % chunk):
+        raise UserError(f"population.chunk={chunk} does not divide the {count} members: choose a divisor, or 0.")
     place = workdir / "chunk.json"  # a resumed run must go on with the same program: another one rounds differently
-    if place.exists():
-        return int(json.loads(place.read_text())["chunk"])
-    times = measure_chunks(experiment, members, teachers, [count, 1])
+    if not chunk and place.exists():
+        chunk = int(json.loads(place.read_text())["chunk"])
+    if chunk:
+        return make(chunk=chunk), chunk
+    arms = {chunk: make(chunk=chunk) for chunk in (count, 1)}
+    times = {chunk: time_step(arm, experiment.mesh, programs) for chunk, arm in arms.items()}
     best = min(times, key=lambda chunk: times[chunk])
     shown = ", ".join(f"{1e3 * seconds:.1f} ms with {chunk} at a time" for chunk, seconds in times.items())
     say(f"population: a step takes {shown}; going on with {best}.")
     write_atomic(place, json.dumps({"chunk": best, "seconds": {str(k): v for k, v in times.items()}}) + "\n")
-    return best
+    return arms[best], best
 
 
 def measure_chunks(
     experiment: Experiment, members: Members, teachers: dict[str, Variables], chunks: Sequence[int]
 ) -> dict[int, float]:
     """The median seconds of a step for each number of members at a time, on a real batch."""
-    mesh, times = experiment.mesh, {}
-    for chunk in chunks:
-        arm = experiments.make_arm(experiment, DISTILLED, teachers, members=members.configs, chunk=chunk)
-        state = train.fresh_state(arm, mesh)
-        shardings = jax.tree.map(lambda x: x.sharding, state)
-        placed = train.put_teachers(teachers, mesh, arm.teacher_rules)
-        batch = sharding.put_batch(next(arm.batches(0)), mesh)
-        hparams = jax.device_put(arm.stages[0].hparams, sharding.replicated(mesh))
-        step, _ = train.compile_step(arm.stages[0].step, mesh, shardings, state, placed, batch, hparams)
-        taken = []
-        for _ in range(_TIMED_STEPS + 1):
-            start = time.perf_counter()
-            state, packed = step(state, placed, batch, hparams)
-            jax.block_until_ready((state, packed))
-            taken.append(time.perf_counter() - start)
-        times[chunk] = statistics.median(taken[1:])
-    return times
+    make = partial(experiments.make_arm, experiment, DISTILLED, teachers, members=members.configs)
+    return {chunk: time_step(make(chunk=chunk), experiment.mesh, {}) for chunk in chunks}
+
+
+def time_step(arm: train.Arm, mesh: Mesh, programs: dict) -> float:
+    """The median seconds of an arm's first steps on one real batch; its compiled step is added to ``programs``."""
+    state = train.fresh_state(arm, mesh)
+    shardings = jax.tree.map(lambda x: x.sharding, state)
+    placed = train.put_teachers(arm.teacher_variables, mesh, arm.teacher_rules)
+    batch = sharding.put_batch(next(arm.batches(0)), mesh)
+    hparams = jax.device_put(arm.stages[0].hparams, sharding.replicated(mesh))
+    stage = arm.stages[0].step
+    programs[stage] = train.compile_step(stage, mesh, shardings, state, placed, batch, hparams)
+    step, _ = programs[stage]
+    taken = []
+    for _ in range(_TIMED_STEPS + 1):
+        start = time.perf_counter()
+        state, packed = step(state, placed, batch, hparams)
+        jax.block_until_ready((state, packed))
+        taken.append(time.perf_counter() - start)
+    return statistics.median(taken[1:])
 
 
 def table(found: Mapping[str, Any]) -> Table:

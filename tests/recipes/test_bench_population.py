@@ -42,7 +42,9 @@ def test_a_population_is_compared_with_its_members_runs(values):
     assert set(bench_population.MEANING) <= set(values)
     assert values["members"] == values["separate_runs_measured"] == 2 and values["steps"] == 6
     assert values["recompiles"] == 0
-    assert values["params_differ_by"] < 1e-5 < 0.1 < values["params_largest"]
+    assert (
+        max(values["params_differ_by"], values["params_differ_by_one_by_one"]) < 1e-5 < 0.1 < values["params_largest"]
+    )
     assert 0.5 < values["flops_over_separate"] < 1.0
     assert set(values["step_ms_by_chunk"]) == {"1", "2"} and values["chunk"] in (1, 2)
     assert values["over_separate"] > values["over_separate_chunk_given"] > 0.0
@@ -111,7 +113,7 @@ def test_a_term_alone_is_that_term():
     alone = bench_taps.term_alone(configs.resolve(only), measured)
     student, taught, _, _ = alone.given
     ((tap, feature),) = student.taps.items()
-    teacher = taught["teacher"].taps[tap]
+    (teacher,) = taught["teacher"].taps.values()
     _, value, gradient = alone.compiled(alone.own, alone.given)
     expected, slope = jax.value_and_grad(similarity_preserving)(feature, teacher)
     np.testing.assert_allclose(value, expected, rtol=1e-5)
