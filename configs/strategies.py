@@ -16,6 +16,7 @@ Teacher, student, data and lengths are those of configs/digits.py; without a var
                           (Kim et al. 2021).
   curriculum_temperature  the temperature learns against the student, ever harder over the first ten epochs (Li et al.
                           2023).
+  mutual                  no teacher: two students of the same kind learn together, each from the other (Zhang et al. 2018).
   responsive              an example counts for as much as the teacher knows of it and the student does not yet.
   uncertainty             soft targets, similarities and labels, weighed by learned uncertainties (Kendall et al. 2018).
   dwa                     the same terms, weighed by how slowly each falls (Liu et al. 2019).
@@ -39,6 +40,7 @@ VARIANTS = (
     "exits",
     "past_predictions",
     "curriculum_temperature",
+    "mutual",
     "responsive",
     "uncertainty",
     "dwa",
@@ -67,6 +69,9 @@ def get_config(arg: str = "") -> ConfigDict:
     if arg == "curriculum_temperature":
         rising = {"schedule": "cosine", "init": 0.0, "end": 1.0, "length_epochs": 10}
         only(config, curriculum_kl={"weight": 0.9, "reversal": rising}, ce={"weight": 0.1})
+    if arg == "mutual":
+        only(config, mutual={}, ce={})
+        config.peers = {"twin": {}}
     if arg == "responsive":
         config.losses.kl.examples = "responsive"
     if arg in ("uncertainty", "dwa"):

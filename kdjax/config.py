@@ -162,8 +162,9 @@ def resolve(config: ConfigDict) -> ConfigDict:
         _check(extra.to_dict(), {"name": "", "options": {}, "init": ""}, f"assistants.{name}.")
     for name, extra in config.peers.items():
         _check(extra.to_dict(), {"name": "", "options": {}}, f"peers.{name}.")
-        for key, default_value in {"name": config.student.name, "options": {}}.items():
-            extra[key] = extra.get(key, default_value)
+        if "name" not in extra:  # one of the student's kind
+            extra.update(name=config.student.name, options=extra.get("options", config.student.options))
+        extra.options = extra.get("options", {})
     return config.lock()
 
 

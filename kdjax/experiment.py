@@ -106,6 +106,9 @@ def prepare(config: ConfigDict, dataset: Dataset | None = None) -> Experiment:
     for name in (MAIN, *experiment.links, *STUDENTS):
         arm = make_arm(experiment, name)  # every objective, schedule and optimiser once, to refuse what cannot be built
         asks = any(stage.objective and stage.objective.uses_teacher for stage in arm.stages)
+        terms = [term for stage in arm.stages if stage.objective for term in stage.objective.terms]
+        if name == DISTILLED and experiment.peers and "mutual" not in terms:
+            raise UserError("peers learn by losses.mutual, which is off: set its weight, or leave out peers.")
         if name in experiment.links and not asks:
             raise UserError(
                 "assistants and generations hand on what the teacher says, and no loss term asks it: set the weight of "
@@ -218,6 +221,15 @@ def within(experiment: Experiment, name: str) -> Experiment:
     if name not in experiment.links:
         return experiment
     return experiment._replace(**experiment.links[name]._asdict(), links={})
+
+
+def refuse_chain(experiment: Experiment, what: str) -> None:
+    """Raises a UserError where the config has links between teacher and student, and ``what`` trains one student."""
+    if experiment.links:
+        raise UserError(
+            f"{what} has one teacher for all: train assistants and generations with kdjax distill first, and name the "
+            "last one's checkpoints in teacher.init."
+        )
 
 
 def model_of(experiment: Experiment, name: str) -> Model:

@@ -28,7 +28,7 @@ VARIANTS = {
     "curriculum": ["", "hard_first", "random"],
     "teachers": ["", "averaged", "confidence"],
     "strategies": [
-        *("", "assistant", "born_again", "simkd", "ema_teacher", "exits", "past_predictions"),
+        *("", "assistant", "born_again", "simkd", "ema_teacher", "exits", "past_predictions", "mutual"),
         *("curriculum_temperature", "responsive", "uncertainty", "dwa", "features_then_logits"),
     ],
 }

@@ -21,7 +21,7 @@ from tests.helpers import digits
 PLACE = Path(__file__).parents[1] / "configs" / "strategies.py"
 VARIANTS = [
     *("assistant", "born_again", "simkd", "ema_teacher", "exits", "past_predictions", "curriculum_temperature"),
-    *("responsive", "uncertainty", "dwa", "features_then_logits"),
+    *("mutual", "responsive", "uncertainty", "dwa", "features_then_logits"),
 ]
 QUIET = lambda sentence: None
 
@@ -78,6 +78,17 @@ def terms(arm):
     return [list(stage.objective.terms) for stage in arm.stages]
 
 
+def test_mutual_students_draw_near_each_other_and_peers_need_the_term():
+    _, arm, done, lines = trained(config("mutual", 40))
+    assert terms(arm) == [["ce", "mutual"]]
+    assert lines[-1]["mutual"] < lines[0]["mutual"] and lines[-1]["ce"] < lines[0]["ce"]
+    assert jax.tree.map(np.shape, done.learned["params"]["mutual"]["0"]) == jax.tree.map(np.shape, done.params)
+    alone = config("mutual", 40)
+    alone.losses.mutual.weight = 0.0
+    with pytest.raises(UserError, match=r"peers learn by losses\.mutual"):
+        experiments.prepare(alone, digits())
+
+
 def test_every_variant_is_here_and_an_unknown_one_is_refused():
     with pytest.raises(UserError, match=r"unknown variant of strategies\.py 'distil'") as caught:
         config("distil")
@@ -92,7 +103,7 @@ def test_it_can_be_prepared_and_its_control_is_that_of_digits(variant):
     assert all(experiment.config[key].to_dict() == configs.default()[key].to_dict() for key in same)
     distilled = experiments.make_arm(experiment, DISTILLED)
     asks = any(stage.objective.uses_teacher for stage in distilled.stages)
-    assert asks == (variant not in ("ema_teacher", "exits", "past_predictions"))
+    assert asks == (variant not in ("ema_teacher", "exits", "past_predictions", "mutual"))
 
 
 def test_the_assistant_stands_between_teacher_and_student_in_size_and_order(tmp_path):

@@ -164,7 +164,7 @@ def _omitted_once(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     make_score = lambda model: classification.make_score(
         model, experiment.dataset, experiment.mesh, config.data.eval_batch_size
     )
-    score, teacher_score = make_score(experiment.student), make_score(experiment.teachers[MAIN])
+    score, teacher_score = make_score(experiment.distilled), make_score(experiment.teachers[MAIN])
     bias = best_bias(score(student.variables, train), train.labels, omit)
     logits = score(student.variables, test)
     return {

@@ -80,7 +80,7 @@ def measure(config: ConfigDict) -> dict[str, Any]:
     constant_s, input_s = constant_and_input(bench)
     fresh = {"student": inference_variables(bench.state())}
     minimum = _forward_flops(bench, experiment.teachers, bench.teachers)
-    minimum += 3 * _forward_flops(bench, {"student": experiment.student}, fresh)
+    minimum += 3 * _forward_flops(bench, {"student": experiment.distilled}, fresh)
     values = {
         "fused_over_parts": times["fused"] / (times["teacher"] + times["student"]),
         "flops_over_minimum": bench.program.flops / minimum,

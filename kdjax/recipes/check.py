@@ -62,7 +62,7 @@ def run(config: ConfigDict, *, json_output: bool = False, dataset: Dataset | Non
     Raises:
       UserError: the config cannot be built at all, or a check failed (after all are printed).
     """
-    experiment = experiments.prepare(config, dataset)
+    experiment = experiments.within(experiments.prepare(config, dataset), DISTILLED)
     found = [fits_together(experiment)]
     if found[0].ok:
         found += _of_models(experiment) + _of_program(experiment)
@@ -84,7 +84,7 @@ def fits_together(experiment: Experiment) -> Check:
     """Teachers, student and data agree on the shape of an image and the number of classes."""
     inputs = jax.ShapeDtypeStruct((2, *experiment.dataset.train.inputs.shape[1:]), jnp.float32)
     said = {}
-    for name, model in {**experiment.teachers, "student": experiment.student}.items():
+    for name, model in {**experiment.teachers, "student": experiment.distilled}.items():
         variables = jax.eval_shape(model.init, jax.random.key(0))
         outputs = jax.eval_shape(lambda v, x, model=model: model.apply(v, x, train=False)[0], variables, inputs)
         said[name] = outputs.logits.shape
@@ -95,7 +95,7 @@ def fits_together(experiment: Experiment) -> Check:
 
 
 def _of_models(experiment: Experiment) -> list[Check]:
-    mesh, student = experiment.mesh, experiment.student
+    mesh, student = experiment.mesh, experiment.distilled
     loaded = {name: experiments.load_teacher(experiment, name) for name in experiment.teachers}
     teachers = {
         name: loaded[name] or jax.jit(model.init)(jax.random.key(number + 1))
@@ -137,7 +137,8 @@ def _of_models(experiment: Experiment) -> list[Check]:
         relations = {f"{name}.weight": 0.0 for name in goal.terms if TERMS[name].over == "batch" or TERMS[name].random}
         by_parts = goal._replace(hparams=goal.hparams | relations)
         invariances = [(unmoved_by_padding, goal)]
-        if len(relations) < len(goal.terms):
+        # A balance weighs the losses of whole batches, and refuses accumulation.
+        if len(relations) < len(goal.terms) and experiment.config.balance == "fixed":
             invariances.insert(0, (unmoved_by_splitting, by_parts))
         for invariance, of in invariances:
             check = invariance(of, frozen, experiment.teachers, _variables(state), placed, batch, equal)

@@ -78,6 +78,11 @@ def run(
     if grid:
         population.make_members(config, 1, grid)  # refuses a key that is not traced before anything runs
     experiment = experiments.prepare(config)
+    experiments.refuse_chain(experiment, "a comparison")
+    if experiment.config.student.reuse_classifier:
+        raise UserError(
+            "student.reuse_classifier makes another student than the control's: leave it off in a comparison."
+        )
     prepared = {name: _of_method(experiment, name) for name in names}  # refuses what no method can do
     with distill.claimed(workdir, experiment.config):
         taught = distill.obtain_teachers(experiment, workdir, say=say)

@@ -136,6 +136,7 @@ def run(
     """
     members = make_members(configs.resolve(config), seeds, grid or {})
     experiment = experiments.prepare(members.template)
+    experiments.refuse_chain(experiment, "a population")
     with distill.claimed(workdir, experiment.config):
         taught = distill.obtain_teachers(experiment, workdir, say=say)
         teachers = {name: teacher.variables for name, teacher in taught.items()}
@@ -199,7 +200,7 @@ def score(experiment: Experiment, stacked: Variables, members: int) -> list[dict
     """Each member on the test split, from variables with a leading dimension of members."""
     config, test = experiment.config, experiment.dataset.test
     of_one = classification.make_score(
-        experiment.student, experiment.dataset, experiment.mesh, config.data.eval_batch_size
+        experiment.distilled, experiment.dataset, experiment.mesh, config.data.eval_batch_size
     )
     # On the host first: a slice of a sharded array would stay sharded.
     stacked = jax.device_get(stacked)
