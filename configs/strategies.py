@@ -16,7 +16,8 @@ Teacher, student, data and lengths are those of configs/digits.py; without a var
                           (Kim et al. 2021).
   curriculum_temperature  the temperature learns against the student, ever harder over the first ten epochs (Li et al.
                           2023).
-  mutual                  no teacher: two students of the same kind learn together, each from the other (Zhang et al. 2018).
+  mutual                  no teacher: two students of the same kind learn together, each from the other (Zhang et al.
+                          2018).
   responsive              an example counts for as much as the teacher knows of it and the student does not yet.
   uncertainty             soft targets, similarities and labels, weighed by learned uncertainties (Kendall et al. 2018).
   dwa                     the same terms, weighed by how slowly each falls (Liu et al. 2019).

@@ -204,7 +204,7 @@ def test_import_costs_less_than_twice_jax_and_flax():
 
 
 def test_nan_in_data_is_refused(tmp_path):
-    from kdjax import experiment
+    from kdjax import build
     from kdjax.data import sources
     from tests.helpers import digits
 
@@ -212,4 +212,4 @@ def test_nan_in_data_is_refused(tmp_path):
     inputs[7, 2, 2] = np.nan
     broken = digits()._replace(train=sources.Split(inputs, digits().train.labels))
     with pytest.raises(UserError, match="7"):
-        experiment.prepare(tiny_config(), broken)
+        build.prepare(tiny_config(), broken)

@@ -9,9 +9,8 @@ import jax
 import numpy as np
 import pytest
 
+from kdjax import build, sharding, train
 from kdjax import config as configs
-from kdjax import experiment as experiments
-from kdjax import sharding, train
 from kdjax.errors import UserError
 from kdjax.model import parameter_count
 from kdjax.recipes import difficulty
@@ -72,7 +71,7 @@ def on_synthetic(name, variant, batch=8):
         f"data.eval_batch_size={batch}",
         "mesh.data=1",
     ]
-    return experiments.prepare(configs.override(load(name).get_config(variant), words))
+    return build.prepare(configs.override(load(name).get_config(variant), words))
 
 
 def test_every_file_is_listed_with_its_variants():
@@ -138,7 +137,7 @@ def test_two_steps_on_data_of_its_shape(name, variant):
         name: arbitrary(jax.eval_shape(model.init, jax.random.key(0))) for name, model in experiment.teachers.items()
     }
     experiment = difficulty.scored(experiment, teachers)
-    arm = experiments.make_arm(experiment, "student_distilled", teachers)
+    arm = build.make_arm(experiment, "student_distilled", teachers)
     state = fresh_state(arm, mesh)
     before = jax.device_get(state.params)
     shardings = jax.tree.map(lambda x: x.sharding, state)
@@ -194,15 +193,15 @@ def test_student_is_small(name):
 
 
 def test_labels10_hides_nine_labels_of_ten_from_the_students_only():
-    experiment = experiments.prepare(configs.override(load("digits").get_config("labels10"), ["mesh.data=1"]))
+    experiment = build.prepare(configs.override(load("digits").get_config("labels10"), ["mesh.data=1"]))
     assert 0.09 < np.mean(experiment.student_train.labels >= 0) < 0.11
     assert np.all(experiment.dataset.train.labels >= 0)
 
 
 def test_two_stage_has_two_stages_for_the_distilled_student_only():
-    experiment = experiments.prepare(configs.override(load("digits").get_config("two_stage"), ["mesh.data=1"]))
-    distilled = experiments.make_arm(experiment, "student_distilled")
-    alone = experiments.make_arm(experiment, "student_alone")
+    experiment = build.prepare(configs.override(load("digits").get_config("two_stage"), ["mesh.data=1"]))
+    distilled = build.make_arm(experiment, "student_distilled")
+    alone = build.make_arm(experiment, "student_alone")
     assert [len(distilled.stages), len(alone.stages)] == [2, 1]
     first, second = distilled.stages
     assert first.start == 0 and first.stop == second.start and second.stop == alone.stages[-1].stop

@@ -3,8 +3,7 @@
 import jax
 import pytest
 
-from kdjax import checkpoint, train
-from kdjax import experiment as experiments
+from kdjax import build, checkpoint, train
 from kdjax.experiment import DISTILLED
 from tests.helpers import digits, equal_trees, tiny_config
 
@@ -27,9 +26,9 @@ def config():
 
 @pytest.fixture(scope="module")
 def parts():
-    experiment = experiments.prepare(config(), digits())
+    experiment = build.prepare(config(), digits())
     teacher = {"teacher": jax.jit(experiment.teachers["teacher"].init)(jax.random.key(5))}
-    return experiment, experiments.make_arm(experiment, DISTILLED, teacher)
+    return experiment, build.make_arm(experiment, DISTILLED, teacher)
 
 
 def trained(parts, folder, stop=None):
@@ -63,8 +62,8 @@ def test_the_student_that_is_handed_over_is_the_plain_student(parts, tmp_path):
 def test_peers_differ_from_the_student_and_from_each_other(parts, tmp_path):
     both = config()
     both.peers = {"one": {}, "two": {}}
-    experiment = experiments.prepare(both, digits())
+    experiment = build.prepare(both, digits())
     teacher = {"teacher": jax.jit(experiment.teachers["teacher"].init)(jax.random.key(5))}
-    learned = trained((experiment, experiments.make_arm(experiment, DISTILLED, teacher)), tmp_path).learned["params"]
+    learned = trained((experiment, build.make_arm(experiment, DISTILLED, teacher)), tmp_path).learned["params"]
     one, two = (learned["mutual"][name]["head"]["kernel"] for name in ("0", "1"))
     assert one.shape == two.shape and (one != two).any()

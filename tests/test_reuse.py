@@ -7,8 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kdjax import checkpoint, models, reuse, state, train
-from kdjax import experiment as experiments
+from kdjax import build, checkpoint, models, reuse, state, train
 from kdjax.errors import UserError
 from kdjax.experiment import ALONE, DISTILLED, MAIN
 from kdjax.losses import feature, projectors
@@ -52,8 +51,8 @@ def teacher():
 
 @pytest.fixture(scope="module")
 def trained():
-    experiment = experiments.prepare(config(steps=40), digits())
-    arm = experiments.make_arm(experiment, DISTILLED, {MAIN: teacher()})
+    experiment = build.prepare(config(steps=40), digits())
+    arm = build.make_arm(experiment, DISTILLED, {MAIN: teacher()})
     return experiment, arm, train.run(arm, experiment.mesh, every=train.Every(log=1), say=QUIET).state
 
 
@@ -116,7 +115,7 @@ def test_training_moves_the_student_towards_the_teachers_feature_and_leaves_the_
 def test_what_is_handed_over_is_enough(trained):
     experiment, _, done = trained
     handed = jax.device_get(state.inference_variables(done))
-    fresh = experiments.prepare(config(steps=40), digits())  # its model has never seen this teacher
+    fresh = build.prepare(config(steps=40), digits())  # its model has never seen this teacher
     score = lambda experiment, variables: np.asarray(
         jax.jit(make_predict(experiment.distilled))(variables, {"inputs": images(16)})
     )
@@ -127,7 +126,7 @@ def test_what_is_handed_over_is_enough(trained):
 
 def test_the_control_is_the_plain_student(trained):
     experiment, arm, _ = trained
-    alone = train.fresh_state(experiments.make_arm(experiment, ALONE), experiment.mesh)
+    alone = train.fresh_state(build.make_arm(experiment, ALONE), experiment.mesh)
     assert "head" in alone.params and "backbone" not in alone.params
     distilled = train.fresh_state(arm, experiment.mesh)
     without = {key: value for key, value in alone.params.items() if key != "head"}
@@ -139,7 +138,7 @@ def test_it_is_saved_whole_and_loaded_again(tmp_path):
     again = distill.run_one(config(steps=12), tmp_path, DISTILLED, say=QUIET)
     assert (first.steps, again.steps, again.examples_per_s is None) == (12, 12, False)
     assert checkpoint.digest(first.variables) == checkpoint.digest(again.variables)
-    shapes = jax.eval_shape(experiments.prepare(config(steps=12), digits()).distilled.init, jax.random.key(0))
+    shapes = jax.eval_shape(build.prepare(config(steps=12), digits()).distilled.init, jax.random.key(0))
     saved, _ = checkpoint.load_model(tmp_path / "checkpoints" / DISTILLED, shapes)
     assert checkpoint.digest(saved) == checkpoint.digest(first.variables)
     assert np.any(saved["state"]["classifier"]["kernel"])
@@ -162,7 +161,7 @@ def test_a_config_without_the_reused_classifier_has_no_projected_feature():
     plain = config()
     plain.student.reuse_classifier = False
     with pytest.raises(UserError, match="projected"):
-        experiments.prepare(plain, digits())
+        build.prepare(plain, digits())
 
 
 def test_models_without_blocks_are_refused():

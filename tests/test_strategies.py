@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 
-from kdjax import checkpoint, state, train, weighting
+from kdjax import build, checkpoint, state, train, weighting
 from kdjax import config as configs
 from kdjax import experiment as experiments
 from kdjax.errors import UserError
@@ -45,14 +45,14 @@ def config(variant, steps=0, **data):
 
 @functools.cache
 def prepared(variant):
-    return experiments.prepare(config(variant), digits())
+    return build.prepare(config(variant), digits())
 
 
 @functools.cache
 def teacher():
     """A teacher that has learned a little, so that what it says differs from example to example."""
-    experiment = experiments.prepare(config("", 40), digits())
-    arm = experiments.make_arm(experiment, MAIN)
+    experiment = build.prepare(config("", 40), digits())
+    arm = build.make_arm(experiment, MAIN)
     return state.inference_variables(train.run(arm, experiment.mesh, every=train.Every(), say=QUIET).state)
 
 
@@ -68,8 +68,8 @@ class Lines(list):
 
 def trained(found):
     """The distilled student of a config: (experiment, arm, state at the end, a line of metrics for each step)."""
-    experiment, lines = experiments.prepare(found, digits()), Lines()
-    arm = experiments.make_arm(experiment, DISTILLED, {MAIN: teacher()})
+    experiment, lines = build.prepare(found, digits()), Lines()
+    arm = build.make_arm(experiment, DISTILLED, {MAIN: teacher()})
     done = train.run(arm, experiment.mesh, every=train.Every(log=1), writers=[lines], say=QUIET)
     return experiment, arm, done.state, lines
 
@@ -86,7 +86,7 @@ def test_mutual_students_draw_near_each_other_and_peers_need_the_term():
     alone = config("mutual", 40)
     alone.losses.mutual.weight = 0.0
     with pytest.raises(UserError, match=r"peers learn by losses\.mutual"):
-        experiments.prepare(alone, digits())
+        build.prepare(alone, digits())
 
 
 def test_every_variant_is_here_and_an_unknown_one_is_refused():
@@ -98,10 +98,10 @@ def test_every_variant_is_here_and_an_unknown_one_is_refused():
 @pytest.mark.parametrize("variant", ["", *VARIANTS])
 def test_it_can_be_prepared_and_its_control_is_that_of_digits(variant):
     experiment = prepared(variant)
-    assert terms(experiments.make_arm(experiment, ALONE)) == [["ce"]]
+    assert terms(build.make_arm(experiment, ALONE)) == [["ce"]]
     same = ("data", "teacher", "control", "optimizer")
     assert all(experiment.config[key].to_dict() == configs.default()[key].to_dict() for key in same)
-    distilled = experiments.make_arm(experiment, DISTILLED)
+    distilled = build.make_arm(experiment, DISTILLED)
     asks = any(stage.objective.uses_teacher for stage in distilled.stages)
     assert asks == (variant not in ("ema_teacher", "exits", "past_predictions", "mutual"))
 
@@ -118,7 +118,7 @@ def test_the_assistant_stands_between_teacher_and_student_in_size_and_order(tmp_
     distill.run_one(small, tmp_path, DISTILLED, say=QUIET)
     chain = (MAIN, "assistant_middle", DISTILLED)
     metas, digests = {}, {}
-    tiny = experiments.prepare(small, digits())
+    tiny = build.prepare(small, digits())
     for arm in chain:
         shapes = jax.eval_shape(experiments.model_of(tiny, arm).init, jax.random.key(0))
         variables, metas[arm] = checkpoint.load_model(tmp_path / "checkpoints" / arm, shapes)
@@ -184,7 +184,7 @@ def test_the_temperature_learns_against_the_student_ever_harder():
     assert terms(arm) == [["ce", "curriculum_kl"]]
     reversal = [line["hparams"]["curriculum_kl.reversal"] for line in lines]
     assert reversal[0] == 0 and reversal[-1] == 1 and all(np.diff(reversal) >= 0) and 0.3 < reversal[4] < 0.7
-    start = train.fresh_state(arm, experiments.prepare(found, digits()).mesh)
+    start = train.fresh_state(arm, build.prepare(found, digits()).mesh)
     moved = float(done.learned["params"]["curriculum_kl"]["temperature"])
     assert moved != float(start.learned["params"]["curriculum_kl"]["temperature"])
 

@@ -229,10 +229,10 @@ def test_same_seed_gives_the_same_weights_and_a_rerun_changes_nothing(finished_r
 
 
 def test_both_students_start_alike_and_see_the_same_batches(finished_run):
-    from kdjax import experiment
+    from kdjax import build, experiment
 
-    prepared = experiment.prepare(tiny_config())
-    alone, distilled = (experiment.make_arm(prepared, name) for name in experiment.STUDENTS)
+    prepared = build.prepare(tiny_config())
+    alone, distilled = (build.make_arm(prepared, name) for name in experiment.STUDENTS)
     assert equal_trees(*(train.fresh_state(arm, prepared.mesh) for arm in (alone, distilled)))
     for a, b in itertools.islice(zip(alone.batches(0), distilled.batches(0), strict=True), 3):
         assert equal_trees(a, b)

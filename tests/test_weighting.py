@@ -8,8 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kdjax import experiment as experiments
-from kdjax import losses, train, weighting
+from kdjax import build, losses, train, weighting
 from kdjax.data import pipeline, sources
 from kdjax.errors import UserError
 from kdjax.experiment import DISTILLED, MAIN
@@ -175,8 +174,8 @@ def teachers():
     plain.more_teachers = {}
     found = {}
     for domain, name in enumerate((MAIN, "upper")):
-        experiment = experiments.prepare(plain, only(domain))
-        done = train.run(experiments.make_arm(experiment, MAIN), experiment.mesh, say=QUIET)
+        experiment = build.prepare(plain, only(domain))
+        done = train.run(build.make_arm(experiment, MAIN), experiment.mesh, say=QUIET)
         found[name] = jax.device_get(inference_variables(done.state))
     return found
 
@@ -194,8 +193,8 @@ def right_teachers(experiment) -> np.ndarray:
 
 
 def test_each_example_is_taught_by_the_teacher_of_its_domain():
-    experiment = experiments.prepare(config("routed"), two_tasks())
-    arm = experiments.make_arm(experiment, DISTILLED, teachers())
+    experiment = build.prepare(config("routed"), two_tasks())
+    arm = build.make_arm(experiment, DISTILLED, teachers())
     goal = arm.stages[0].objective
     batch = next(arm.batches(0))
     assert set(batch["domain"].tolist()) == {0, 1}
@@ -227,9 +226,9 @@ def test_each_example_is_taught_by_the_teacher_of_its_domain():
 def test_the_step_routes_whatever_the_teachers_are_called(second):
     made = config("routed")
     made.more_teachers = {second: {}}
-    experiment = experiments.prepare(made, two_tasks())
+    experiment = build.prepare(made, two_tasks())
     taught = {MAIN: teachers()[MAIN], second: teachers()["upper"]}
-    arm = experiments.make_arm(experiment, DISTILLED, taught)
+    arm = build.make_arm(experiment, DISTILLED, taught)
     state, batch, stage = train.fresh_state(arm, experiment.mesh), next(arm.batches(0)), arm.stages[0]
     _, metrics = jax.jit(stage.step)(state, taught, batch, stage.hparams)
 
@@ -245,8 +244,8 @@ def test_the_step_routes_whatever_the_teachers_are_called(second):
 def test_routing_agrees_with_the_right_teacher_more_than_averaging():
     agreement = {}
     for combine in ("routed", "probabilities"):
-        experiment = experiments.prepare(config(combine), two_tasks())
-        arm = experiments.make_arm(experiment, DISTILLED, teachers())
+        experiment = build.prepare(config(combine), two_tasks())
+        arm = build.make_arm(experiment, DISTILLED, teachers())
         done = train.run(arm, experiment.mesh, say=QUIET)
         said = scores(experiment, experiment.student, inference_variables(done.state))
         agreement[combine] = np.mean(said.argmax(-1) == right_teachers(experiment).argmax(-1))
@@ -258,7 +257,7 @@ def test_domains_follow_their_examples_where_a_class_is_left_out():
     made = config("routed")
     made.data.omit_class = 2
     made.data.labels = 0.5
-    experiment = experiments.prepare(made, two_tasks())
+    experiment = build.prepare(made, two_tasks())
     split, whole = experiment.student_train, two_tasks().train
     kept = np.flatnonzero(whole.labels != 2)
     np.testing.assert_array_equal(split.domain, whole.domain[kept])
@@ -280,13 +279,13 @@ def test_domains_follow_their_examples_where_a_class_is_left_out():
 )
 def test_routes_that_lead_nowhere_are_refused(dataset, message):
     with pytest.raises(UserError, match=message):
-        experiments.prepare(config("routed"), dataset()._replace(class_names=tuple("0123456789")))
-    experiments.prepare(config("probabilities"), dataset()._replace(class_names=tuple("0123456789")))
+        build.prepare(config("routed"), dataset()._replace(class_names=tuple("0123456789")))
+    build.prepare(config("probabilities"), dataset()._replace(class_names=tuple("0123456789")))
 
 
 def test_synthetic_domains_route_by_config_alone():
     made = config("routed")
     made.data.name, made.data.options = "synthetic", {"shape": (8, 8, 1), "classes": 5, "examples": 96, "domains": 2}
-    experiment = experiments.prepare(made)
-    arm = experiments.make_arm(experiment, DISTILLED, teachers())
+    experiment = build.prepare(made)
+    arm = build.make_arm(experiment, DISTILLED, teachers())
     assert all(set(batch["domain"].tolist()) == {0, 1} for batch in itertools.islice(arm.batches(0), 3))

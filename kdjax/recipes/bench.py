@@ -14,9 +14,8 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
+from kdjax import build, results
 from kdjax import config as configs
-from kdjax import experiment as experiments
-from kdjax import results
 from kdjax.errors import UserError, unknown
 from kdjax.experiment import ALONE, DISTILLED, MAIN, STUDENTS
 from kdjax.recipes import bench_population, bench_step, bench_taps, distill
@@ -154,7 +153,7 @@ def omitted(config: ConfigDict, workdir: Path, seeds: int) -> Found:
 
 
 def _omitted_once(config: ConfigDict, workdir: Path) -> dict[str, Any]:
-    experiment = experiments.prepare(config)
+    experiment = build.prepare(config)
     (train, test), omit = (experiment.dataset.train, experiment.dataset.test), config.data.omit_class
     if not (test.labels == omit).any():
         raise UserError(f"data.omit_class={omit} has no test example: nothing can be measured, so omit another class.")

@@ -12,9 +12,9 @@ import numpy as np
 from ml_collections import ConfigDict
 from rich.table import Table
 
+from kdjax import build, train
 from kdjax import config as configs
 from kdjax import experiment as experiments
-from kdjax import train
 from kdjax.errors import UserError
 from kdjax.experiment import DISTILLED, Experiment
 from kdjax.model import Model, Params, Variables, parameter_count
@@ -91,8 +91,8 @@ def measure(config: ConfigDict, members: int = MEMBERS) -> dict[str, Any]:
     if members < 2:
         raise UserError(f"a population of {members} shares its teacher with nobody: give --seeds of 2 or more.")
     many = _members(plain(config), members, RATES if members % 2 == 0 else RATES[:1])
-    experiment = experiments.prepare(many.template)
-    goal = experiments.make_arm(experiment, DISTILLED).stages[0].objective
+    experiment = build.prepare(many.template)
+    goal = build.make_arm(experiment, DISTILLED).stages[0].objective
     if goal is None or not goal.uses_teacher:
         raise UserError("a population shares its teacher and no loss asks one: set a weight, such as losses.kl.weight.")
     teachers = {
@@ -150,7 +150,7 @@ def run_once(
     """Builds, compiles and trains the distilled student, or a population of it, and times that."""
     programs: dict[Any, Any] = {}
     start = time.perf_counter()
-    arm = experiments.make_arm(experiment, DISTILLED, dict(teachers), members=members, chunk=chunk)
+    arm = build.make_arm(experiment, DISTILLED, dict(teachers), members=members, chunk=chunk)
     every = train.Every(log=arm.stages[-1].stop)
     done = train.run(arm, experiment.mesh, every=every, programs=programs)
     jax.block_until_ready(done.state)
@@ -184,7 +184,7 @@ def in_turns(
             break
         if index % pause == 0:
             together.append(run_once(experiment, teachers, members.configs, chunk))
-        alone.append(run_once(experiments.prepare(config, experiment.dataset), teachers))
+        alone.append(run_once(build.prepare(config, experiment.dataset), teachers))
     return together, alone
 
 
@@ -193,7 +193,7 @@ def compiled_over_grid(
 ) -> list[str]:
     """What is compiled when another grid, in which every traced number differs, runs in a finished run's program."""
     config, stage = experiment.config, first.arm.stages[0]
-    assert stage.objective is not None, "experiments.make_arm sets it"
+    assert stage.objective is not None, "build.make_arm sets it"
     numbers = {f"losses.{name}": value for name, value in stage.objective.hparams.items()}
     grid = {
         key: [0.9 * value]
@@ -203,7 +203,7 @@ def compiled_over_grid(
     others = population.make_members(config, members, {**grid, RATE: [0.3 * RATES[0]]})
     with compilations() as names:
         # Only the numbers of this arm are used; its step, never compiled, would be the same.
-        arm = experiments.make_arm(experiment, DISTILLED, dict(teachers), members=others.configs)
+        arm = build.make_arm(experiment, DISTILLED, dict(teachers), members=others.configs)
         stage = stage._replace(hparams=arm.stages[0].hparams, stop=min(stage.stop, 5))
         train.run(first.arm._replace(stages=[stage]), experiment.mesh, programs=first.programs)
     return names

@@ -13,8 +13,8 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 from rich.table import Table
 
+from kdjax import build, sharding, train
 from kdjax import experiment as experiments
-from kdjax import sharding, train
 from kdjax.experiment import DISTILLED, Experiment
 from kdjax.model import Array, Model, Outputs, Variables
 from kdjax.objective import Batch
@@ -153,7 +153,7 @@ def parts(bench: Bench) -> tuple[Any, Any, Batch]:
         return Model(init=lambda key: blank, apply=lambda said, inputs, **_: (Outputs(*said), {}))
 
     stand_ins = {name: told(said) for name, said in outputs.items()}
-    arm = experiments.make_arm(experiment._replace(teachers=stand_ins), DISTILLED)
+    arm = build.make_arm(experiment._replace(teachers=stand_ins), DISTILLED)
     shardings = jax.tree.map(lambda x: x.sharding, state)
     args = (state, outputs, bench.batch, bench.hparams)
     student, _ = train.compile_step(arm.stages[0].step, experiment.mesh, shardings, *args)
@@ -259,12 +259,12 @@ def _forward_flops(bench: Bench, models: Mapping[str, Model], variables: Mapping
 
 def prepare(config: ConfigDict) -> Bench:
     """Compiles the first stage's step and puts a real batch and fresh weights on the devices."""
-    experiment = program.in_one_part(experiments.prepare(config))
+    experiment = program.in_one_part(build.prepare(config))
     mesh = experiment.mesh
     fresh = {name: jax.jit(model.init)(jax.random.key(0)) for name, model in experiment.teachers.items()}
     teachers = train.put_teachers(fresh, mesh, experiment.config.sharding.teacher)
     experiment = difficulty.scored(experiment, teachers)
-    arm = experiments.make_arm(experiment, DISTILLED, teachers)
+    arm = build.make_arm(experiment, DISTILLED, teachers)
     return Bench(
         experiment=experiment,
         arm=arm,

@@ -10,9 +10,8 @@ import optax
 from ml_collections import ConfigDict
 from rich.table import Table
 
+from kdjax import build, optimizer
 from kdjax import config as configs
-from kdjax import experiment as experiments
-from kdjax import optimizer
 from kdjax.catalogue import TERMS
 from kdjax.experiment import DISTILLED, MAIN
 from kdjax.model import Outputs, Variables
@@ -66,9 +65,9 @@ def measure(config: ConfigDict, names: Sequence[str] = NAMES) -> dict[str, Any]:
 
 def term_alone(config: ConfigDict, bench: Bench) -> Alone:
     """Compiles the one term of ``config``, and makes the features of ``bench``'s batch that it is given."""
-    experiment = experiments.prepare(config, bench.experiment.dataset)
-    goal = experiments.make_arm(experiment, DISTILLED, bench.teachers).stages[0].objective
-    assert goal is not None, "experiments.make_arm sets it"
+    experiment = build.prepare(config, bench.experiment.dataset)
+    goal = build.make_arm(experiment, DISTILLED, bench.teachers).stages[0].objective
+    assert goal is not None, "build.make_arm sets it"
     learned = jax.jit(goal.init)(jax.random.key(0))
     transform = optimizer.make(experiment.config.optimizer, learned["params"]) if learned["params"] else None
     own = learned, transform.init(learned["params"]) if transform else None

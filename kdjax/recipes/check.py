@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 from rich.console import Console
 from rich.table import Table
 
-from kdjax import checkpoint, metrics, objective, sharding, train
+from kdjax import build, checkpoint, metrics, objective, sharding, train
 from kdjax import experiment as experiments
 from kdjax.catalogue import TERMS
 from kdjax.data import pipeline
@@ -62,7 +62,7 @@ def run(config: ConfigDict, *, json_output: bool = False, dataset: Dataset | Non
     Raises:
       UserError: the config cannot be built at all, or a check failed (after all are printed).
     """
-    experiment = experiments.within(experiments.prepare(config, dataset), DISTILLED)
+    experiment = experiments.within(build.prepare(config, dataset), DISTILLED)
     found = [fits_together(experiment)]
     if found[0].ok:
         found += _of_models(experiment) + _of_program(experiment)
@@ -103,7 +103,7 @@ def _of_models(experiment: Experiment) -> list[Check]:
     }
     placed = train.put_teachers(teachers, mesh, experiment.config.sharding.teacher)
     experiment = difficulty.scored(experiment, teachers)
-    arm = experiments.make_arm(experiment, DISTILLED, placed)
+    arm = build.make_arm(experiment, DISTILLED, placed)
     state = train.fresh_state(arm, mesh)
     other = train.fresh_state(
         arm._replace(keys=arm.keys._replace(student=jax.random.fold_in(arm.keys.student, 1))), mesh
@@ -330,7 +330,7 @@ def _hparams_of(stage: train.Stage, arm: train.Arm, state: TrainState, mesh: Mes
 def _of_program(experiment: Experiment) -> list[Check]:
     config, mesh = experiment.config, experiment.mesh
     size = config.data.batch_size
-    arm = experiments.make_arm(experiment, DISTILLED)
+    arm = build.make_arm(experiment, DISTILLED)
     steps = [(program.compile_stage(experiment, arm, stage, size), stage) for stage in arm.stages]
     heaviest, stage = max(steps, key=lambda pair: pair[0].bytes)
     double = program.compile_stage(experiment, arm, stage, 2 * size)
@@ -378,7 +378,7 @@ def _flops_per_step(experiment: Experiment, steps: list[tuple[program.Program, t
     flops = [step.flops for step, _ in steps]
     if config.train.accumulate > 1:
         whole = program.in_one_part(experiment)
-        arm = experiments.make_arm(whole, DISTILLED)
+        arm = build.make_arm(whole, DISTILLED)
         flops = [program.compile_stage(whole, arm, stage, arm.batch_size).flops for stage in arm.stages]
     meaning = f"compiled operations on all devices, {max(flops) / config.data.batch_size:.3g} per example"
     return Check("FLOPs of a step", None, max(flops), meaning)

@@ -18,7 +18,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from kdjax import checkpoint, metrics, results, train
+from kdjax import build, checkpoint, metrics, results, train
 from kdjax import config as configs
 from kdjax import experiment as experiments
 from kdjax.compare import report as compare_report
@@ -77,7 +77,7 @@ def run(
         raise UserError(f"--tune={trials}: a method is given 1 to {len(FACTORS)} weights to choose from.")
     if grid:
         population.make_members(config, 1, grid)  # refuses a key that is not traced before anything runs
-    experiment = experiments.prepare(config)
+    experiment = build.prepare(config)
     experiments.refuse_chain(experiment, "a comparison")
     if experiment.config.student.reuse_classifier:
         raise UserError(
@@ -115,7 +115,7 @@ def _of_method(experiment: Experiment, name: str, factor: float = 1.0) -> Experi
     config = ConfigDict(experiment.config.to_dict(), type_safe=False)
     config.losses = methods.with_method(config.losses.to_dict(), name, factor)
     try:
-        return experiments.prepare(config, experiment.dataset)
+        return build.prepare(config, experiment.dataset)
     except UserError as error:
         raise UserError(f"method {name}: {error}") from error
 
@@ -153,7 +153,7 @@ def _remembered(path: Path, compute: Callable[[], Any]) -> Any:
 
 def _cell(study: Study, name: str, experiment: Experiment, programs: dict, seed: int) -> dict[str, Any]:
     """Trains a method with one seed and scores it; its checkpoints go once its result stands."""
-    arm = experiments.reseeded(experiment, _arm(study, name, experiment, programs), seed)
+    arm = build.reseeded(experiment, _arm(study, name, experiment, programs), seed)
     arm = arm._replace(name=f"{name}/seed-{seed}")
     folder = study.workdir / "cells" / name / f"seed-{seed}"
     meta = {
@@ -201,7 +201,7 @@ def _arm(study: Study, name: str, experiment: Experiment, programs: dict) -> tra
         kind = ALONE if name == methods.CONTROL else DISTILLED
         taught = {} if kind == ALONE else study.teachers
         experiment = difficulty.scored(experiment, study.teachers, study.workdir)
-        programs["arm"] = experiments.make_arm(experiment, kind, taught)
+        programs["arm"] = build.make_arm(experiment, kind, taught)
     return programs["arm"]
 
 
@@ -240,8 +240,8 @@ def _tune(study: Study, name: str, experiment: Experiment, trials: int) -> dict[
     # All terms of the method keep their proportions: one factor for all.
     changed = [_of_method(experiment, name, factor).config for factor in FACTORS[:trials]]
     experiment = difficulty.scored(experiment, study.teachers)  # of this part of the examples alone
-    arm = experiments.make_arm(experiment, DISTILLED, study.teachers, members=changed)
-    arm = experiments.reseeded(experiment, arm, TUNING_SEED)._replace(name=f"{name}/tuning")
+    arm = build.make_arm(experiment, DISTILLED, study.teachers, members=changed)
+    arm = build.reseeded(experiment, arm, TUNING_SEED)._replace(name=f"{name}/tuning")
     done = train.run(
         arm, experiment.mesh, every=train.Every(experiment.config.log.every, stop_on_nan=False), say=study.say
     )
@@ -265,18 +265,18 @@ def _held_out(experiment: Experiment) -> tuple[Split, Split]:
 def _grid(study: Study, experiment: Experiment, grid: Mapping[str, Sequence[Any]]) -> dict[str, Any]:
     """Every combination of the grid's values, with every seed: a population for each seed, one program for all."""
     members = population.make_members(study.config, 1, grid)
-    experiment = experiments.prepare(members.template, experiment.dataset)
+    experiment = build.prepare(members.template, experiment.dataset)
     folder = study.workdir / "cells" / "grid"
     folder.mkdir(parents=True, exist_ok=True)
     digest = configs.to_json({"members": members.changes})
     experiment = difficulty.scored(experiment, study.teachers, study.workdir)
-    base = experiments.make_arm(experiment, DISTILLED, study.teachers, members=members.configs)
+    base = build.make_arm(experiment, DISTILLED, study.teachers, members=members.configs)
     programs: dict = {}
     cells = []
     for seed in study.seeds:
 
         def trained(seed=seed):
-            arm = experiments.reseeded(experiment, base, seed)._replace(name=f"grid/seed-{seed}")
+            arm = build.reseeded(experiment, base, seed)._replace(name=f"grid/seed-{seed}")
             every = train.Every(experiment.config.log.every, stop_on_nan=False)
             done = train.run(arm, experiment.mesh, every=every, programs=programs, say=study.say)
             scored = population.score(experiment, inference_variables(done.state), len(members.changes))
@@ -306,7 +306,7 @@ def _results(
         "environment": results.environment(),
         "seeds": study.seeds,
         "test_examples": len(test.labels),
-        "updates": experiments.make_arm(experiment, ALONE).stages[-1].stop,
+        "updates": build.make_arm(experiment, ALONE).stages[-1].stop,
         "teacher": {
             "accuracy": metrics.classification(study.teacher_logits, test.labels)["accuracy"],
             "params": sum(parameter_count(variables["params"]) for variables in study.teachers.values()),

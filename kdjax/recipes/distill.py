@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from kdjax import checkpoint, metrics, objective, report, results, train, weighting
+from kdjax import build, checkpoint, metrics, objective, report, results, train, weighting
 from kdjax import config as configs
 from kdjax import experiment as experiments
 from kdjax.errors import UserError, unknown
@@ -49,7 +49,7 @@ class Outcome(NamedTuple):
 
 def run(config: ConfigDict, workdir: Path, *, say: Say = print) -> Outcome:
     """Trains all arms in ``workdir`` (resuming what is there), scores them and writes the report."""
-    experiment = experiments.prepare(config)
+    experiment = build.prepare(config)
     with claimed(workdir, experiment.config):
         _check_disk(experiment, workdir, experiment.arms)
         return _all_arms(experiment, workdir, say)
@@ -60,7 +60,7 @@ def run_one(config: ConfigDict, workdir: Path, arm: str, *, say: Say = print) ->
 
     What teaches the arm and is not there yet is trained before it.
     """
-    experiment = experiments.prepare(config)
+    experiment = build.prepare(config)
     if arm not in experiment.arms:
         raise unknown("arm", arm, experiment.arms)
     with claimed(workdir, experiment.config):
@@ -71,7 +71,7 @@ def run_one(config: ConfigDict, workdir: Path, arm: str, *, say: Say = print) ->
 
 def evaluate(config: ConfigDict, workdir: Path, *, say: Say = print) -> Outcome:
     """Scores the arms of a finished workdir again and rewrites its results and report; trains nothing."""
-    experiment = experiments.prepare(config)
+    experiment = build.prepare(config)
     with claimed(workdir, experiment.config):
         for name in experiment.arms:
             if not experiments.init_of(experiment.config, name):
@@ -191,7 +191,7 @@ def train_arm(
     """Trains an arm to its last step, or loads it where it is there already; ``teachers`` are the arm's own."""
     config = experiment.config
     taught = {key: value.variables for key, value in teachers.items()}
-    arm = experiments.make_arm(experiment, name, taught)
+    arm = build.make_arm(experiment, name, taught)
     model = experiments.model_of(experiment, name)
     score = classification.make_score(model, experiment.dataset, experiment.mesh, config.data.eval_batch_size)
     test = experiment.dataset.test
@@ -323,7 +323,7 @@ def _latency(experiment: Experiment, models: dict[str, Any], variables: dict[str
 def _check_disk(experiment: Experiment, workdir: Path, arms: Sequence[str]) -> None:
     """Refuses a run whose checkpoints would not fit on the disk: those that are kept, and one that is being written."""
     kept = experiment.config.checkpoint.keep + experiment.config.checkpoint.keep_best + 1
-    states = [train.abstract_state(experiments.make_arm(experiment, arm), experiment.mesh) for arm in arms]
+    states = [train.abstract_state(build.make_arm(experiment, arm), experiment.mesh) for arm in arms]
     needed = kept * sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(states))
     free = shutil.disk_usage(workdir).free
     if needed > free:
@@ -336,7 +336,7 @@ def _check_disk(experiment: Experiment, workdir: Path, arms: Sequence[str]) -> N
 
 def _require_finished(experiment: Experiment, name: str, workdir: Path) -> None:
     folder = Path(workdir) / "checkpoints" / name
-    wanted = experiments.make_arm(experiment, name).stages[-1].stop
+    wanted = build.make_arm(experiment, name).stages[-1].stop
     saved = [int(child) for child in os.listdir(folder) if child.isdigit()] if folder.is_dir() else []
     if wanted not in saved:
         at = f"is at step {max(saved)} of {wanted}" if saved else "has no checkpoint"

@@ -20,7 +20,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 from rich.table import Table
 
-from kdjax import checkpoint, metrics, objective, sharding, train
+from kdjax import build, checkpoint, metrics, objective, sharding, train
 from kdjax import config as configs
 from kdjax import experiment as experiments
 from kdjax.catalogue import TERMS
@@ -135,7 +135,7 @@ def run(
       ``{"chunk", "seconds", "members": [{"seed", "changes", "accuracy", ...}]}``.
     """
     members = make_members(configs.resolve(config), seeds, grid or {})
-    experiment = experiments.prepare(members.template)
+    experiment = build.prepare(members.template)
     experiments.refuse_chain(experiment, "a population")
     with distill.claimed(workdir, experiment.config):
         taught = distill.obtain_teachers(experiment, workdir, say=say)
@@ -229,7 +229,7 @@ def _chosen_arm(
 ) -> tuple[train.Arm, int]:
     """The arm, and how many members it runs at a time: as configured, as an earlier start of this run chose, or as
     measured; what measuring compiled is kept in ``programs``."""
-    make = partial(experiments.make_arm, experiment, DISTILLED, teachers, members=members.configs)
+    make = partial(build.make_arm, experiment, DISTILLED, teachers, members=members.configs)
     count = len(members.changes)
     chunk = experiment.config.population.chunk or (1 if count == 1 else 0)
     if chunk < 0 or (chunk and count % chunk):
@@ -252,7 +252,7 @@ def measure_chunks(
     experiment: Experiment, members: Members, teachers: dict[str, Variables], chunks: Sequence[int]
 ) -> dict[int, float]:
     """The median seconds of a step for each number of members at a time, on a real batch."""
-    make = partial(experiments.make_arm, experiment, DISTILLED, teachers, members=members.configs)
+    make = partial(build.make_arm, experiment, DISTILLED, teachers, members=members.configs)
     return {chunk: time_step(make(chunk=chunk), experiment.mesh, {}) for chunk in chunks}
 
 

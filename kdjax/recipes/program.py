@@ -9,8 +9,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from kdjax import experiment as experiments
-from kdjax import sharding, train
+from kdjax import build, sharding, train
 from kdjax.experiment import Experiment
 from kdjax.model import Variables
 
@@ -58,7 +57,7 @@ def in_one_part(experiment: Experiment) -> Experiment:
     """The same without gradient accumulation: XLA counts the body of a loop once, however often it runs."""
     config = ConfigDict(experiment.config.to_dict(), type_safe=False)
     config.train.accumulate = 1
-    return experiments.prepare(config, experiment.dataset)
+    return build.prepare(config, experiment.dataset)
 
 
 def abstract_teachers(experiment: Experiment) -> dict[str, Variables]:

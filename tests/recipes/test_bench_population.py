@@ -6,8 +6,8 @@ import jax
 import numpy as np
 import pytest
 
+from kdjax import build
 from kdjax import config as configs
-from kdjax import experiment as experiments
 from kdjax.errors import UserError
 from kdjax.losses.relation import similarity_preserving
 from kdjax.recipes import bench, bench_population, bench_step, bench_taps, population
@@ -30,7 +30,7 @@ def values(tmp_path_factory):
 def parts():
     """``(experiment, teachers, members)`` of two seeds."""
     members = population.make_members(bench_population.plain(config()), 2, {})
-    experiment = experiments.prepare(members.template)
+    experiment = build.prepare(members.template)
     return experiment, {"teacher": experiment.teachers["teacher"].init(jax.random.key(0))}, members
 
 
@@ -69,7 +69,7 @@ def test_a_loop_over_members_counts_as_often_as_it_runs(parts):
 
 def test_the_population_takes_turns_with_the_separate_runs(parts, monkeypatch):
     experiment, teachers, members = parts
-    arm, order = experiments.make_arm(experiment, "student_distilled"), []
+    arm, order = build.make_arm(experiment, "student_distilled"), []
 
     def run_once(experiment, teachers, members=(), chunk=0):
         order.append("p" if members else "s")

@@ -11,9 +11,8 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from kdjax import chain, checkpoint, results, train
+from kdjax import build, chain, checkpoint, results, train
 from kdjax import config as configs
-from kdjax import experiment as experiments
 from kdjax.errors import UserError
 from kdjax.experiment import ALONE, DISTILLED, MAIN, STUDENTS
 from kdjax.recipes import distill as recipe
@@ -59,12 +58,12 @@ def run(tmp_path_factory):
 
 def test_each_link_is_taught_by_the_one_before_it(run):
     workdir, _ = run
-    experiment = experiments.prepare(config(), digits())
+    experiment = build.prepare(config(), digits())
     assert list(experiment.links) == LINKS
     weights = {}
     for name in (MAIN, *LINKS):
         with checkpoint.Checkpoints(workdir / "checkpoints" / name) as checkpoints:
-            arm = experiments.make_arm(experiment, name)
+            arm = build.make_arm(experiment, name)
             state, _ = checkpoints.restore_newest(train.abstract_state(arm, experiment.mesh), QUIET)
         weights[name] = checkpoint.digest(train.state.inference_variables(state))
     assert len(set(weights.values())) == len(weights)
@@ -75,13 +74,13 @@ def test_each_link_is_taught_by_the_one_before_it(run):
 
 
 def test_the_chain_shrinks_to_the_student_and_generations_start_anew():
-    experiment = experiments.prepare(config(generations=3), digits())
+    experiment = build.prepare(config(generations=3), digits())
     hidden = [link.config.student.options["hidden"] for link in experiment.links.values()]
     assert [tuple(widths) for widths in hidden] == [(16,), (12,), (8,), (8,), (8,)]
     taught = [link.config.teacher.options["hidden"] for link in experiment.links.values()]
     assert [tuple(widths) for widths in taught] == [(32,), (16,), (12,), (8,), (8,)]
     starts = {
-        name: train.fresh_state(experiments.make_arm(experiment, name), experiment.mesh).params
+        name: train.fresh_state(build.make_arm(experiment, name), experiment.mesh).params
         for name in ("generation_1", "generation_2", *STUDENTS)
     }
     kernel = {name: np.asarray(params["head"]["kernel"]) for name, params in starts.items()}
@@ -92,7 +91,7 @@ def test_the_chain_shrinks_to_the_student_and_generations_start_anew():
 
 def test_several_teachers_teach_the_first_link_only():
     several = config(more_teachers={"second": {"options": {"hidden": (20,)}}})
-    experiment = experiments.prepare(several, digits())
+    experiment = build.prepare(several, digits())
     assert [list(link.teachers) for link in experiment.links.values()] == [[MAIN, "second"], *[[MAIN]] * 3]
     assert experiment.arms == (MAIN, "second", *LINKS[:-1], *STUDENTS)
 
@@ -145,7 +144,7 @@ def test_one_arm_trains_what_teaches_it_and_no_more(run, tmp_path):
 def test_a_signal_within_a_link_is_resumed_to_the_same_bits(run, tmp_path, monkeypatch):
     whole, found = run
     workdir = without(whole, tmp_path / "copy", *LINKS[1:])
-    make_arm = experiments.make_arm
+    make_arm = build.make_arm
 
     def interrupted(experiment, name, *args, **kwargs):
         """The second link's batches send a signal at step 4, once."""
@@ -162,7 +161,7 @@ def test_a_signal_within_a_link_is_resumed_to_the_same_bits(run, tmp_path, monke
         return arm._replace(batches=batches)
 
     with monkeypatch.context() as patched:
-        patched.setattr(experiments, "make_arm", interrupted)
+        patched.setattr(build, "make_arm", interrupted)
         with pytest.raises(train.Interrupted, match="assistant_2_small stopped by a signal"):
             recipe.run(config(), workdir, say=QUIET)
     assert sorted(os.listdir(workdir / "checkpoints")) == sorted([MAIN, ALONE, *LINKS[:2]])
@@ -213,7 +212,7 @@ def test_the_disk_check_counts_links(tmp_path, monkeypatch):
 )
 def test_chains_that_cannot_be_are_refused(changes, says):
     with pytest.raises(UserError, match=says):
-        experiments.prepare(config(**changes), digits())
+        build.prepare(config(**changes), digits())
 
 
 @pytest.mark.parametrize("changes", [{"generations": 1}, {"assistants": {}}])
@@ -221,24 +220,24 @@ def test_a_chain_without_a_term_that_asks_the_teacher_is_refused(changes):
     labels = config(**changes)
     labels.losses.kl.weight = 0.0
     with pytest.raises(UserError, match=r"no loss term asks it.*losses\.kl\.weight"):
-        experiments.prepare(labels, digits())
+        build.prepare(labels, digits())
 
 
 def test_later_generations_cannot_reuse_a_classifier():
     both = config()
     both.student.reuse_classifier = True
     with pytest.raises(UserError, match="set generations=1"):
-        experiments.prepare(both, digits())
+        build.prepare(both, digits())
     both.generations = 1
-    experiment = experiments.prepare(both, digits())  # but the classifier may be an assistant's
-    shapes = train.abstract_state(experiments.make_arm(experiment, DISTILLED), experiment.mesh)
+    experiment = build.prepare(both, digits())  # but the classifier may be an assistant's
+    shapes = train.abstract_state(build.make_arm(experiment, DISTILLED), experiment.mesh)
     assert shapes.model_state["classifier"]["kernel"].shape == (12, 10)
 
 
 def test_without_a_chain_there_are_no_links():
     plain = configs.resolve(tiny_config())
     assert chain.configs_of(plain, (MAIN, *STUDENTS), DISTILLED) == {}
-    assert experiments.prepare(tiny_config(), digits()).arms == (MAIN, *STUDENTS)
+    assert build.prepare(tiny_config(), digits()).arms == (MAIN, *STUDENTS)
 
 
 @pytest.mark.parametrize(

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from kdjax import build, losses, train
 from kdjax import config as configs
 from kdjax import experiment as experiments
-from kdjax import losses, train
 from kdjax.data import sources
 from kdjax.errors import UserError
 from kdjax.experiment import MAIN
@@ -98,7 +98,7 @@ def test_a_teacher_of_other_images_or_classes_fails(teacher, kind):
     else:
         change = lambda split: split._replace(labels=((split.labels + 3) % 10).astype(np.int32))
     wrong = right._replace(train=change(right.train), test=change(right.test))
-    experiment = experiments.prepare(_config(f"teacher.init={teacher}"), wrong)
+    experiment = build.prepare(_config(f"teacher.init={teacher}"), wrong)
     found = check.teacher_knows(experiment, MAIN, experiments.load_teacher(experiment, MAIN))
     assert found.ok is False and "preprocessing" in found.meaning
 
@@ -106,7 +106,7 @@ def test_a_teacher_of_other_images_or_classes_fails(teacher, kind):
 def test_an_untrained_teacher_fails(tmp_path):
     config = _config("teacher.steps=1", "teacher.optimizer.learning_rate=1e-9")
     distill.run_one(config, tmp_path, "teacher", say=lambda _: None)
-    experiment = experiments.prepare(_config(f"teacher.init={tmp_path}"))
+    experiment = build.prepare(_config(f"teacher.init={tmp_path}"))
     found = check.teacher_knows(experiment, MAIN, experiments.load_teacher(experiment, MAIN))
     assert found.ok is False and found.value < 0.3
 
@@ -158,7 +158,7 @@ def test_a_loss_that_sees_the_padding_fails(parts):
 
 
 def test_class_counts_that_differ_fail():
-    experiment = experiments.prepare(_config())
+    experiment = build.prepare(_config())
     fewer = experiment._replace(dataset=experiment.dataset._replace(class_names=experiment.dataset.class_names[:9]))
     assert check.fits_together(experiment).ok
     assert check.fits_together(fewer).ok is False
@@ -174,18 +174,18 @@ def test_a_step_that_does_not_fit_fails(monkeypatch, capsys):
 
 
 def test_flops_and_memory_follow_the_batch():
-    experiment = experiments.prepare(_config())
-    arm = experiments.make_arm(experiment, "student_distilled")
+    experiment = build.prepare(_config())
+    arm = build.make_arm(experiment, "student_distilled")
     one, two = (program.compile_stage(experiment, arm, arm.stages[0], size) for size in (64, 128))
     assert one.flops > 64 * 2 * 3 * (64 * 16 + 16 * 10)  # the student alone: 2 FLOPs per weight, 3 times
     assert 1.5 < two.flops / one.flops < 2.1
     assert two.bytes > one.bytes
-    parts = experiments.prepare(_config("train.accumulate=4"))
+    parts = build.prepare(_config("train.accumulate=4"))
     whole = program.in_one_part(parts)
     walked, at_once = (
         program.compile_stage(each, arm, arm.stages[0], 64)
         for each in (parts, whole)
-        for arm in [experiments.make_arm(each, "student_distilled")]
+        for arm in [build.make_arm(each, "student_distilled")]
     )
     assert at_once.flops == one.flops > 2 * walked.flops
     per_device = program.bytes_per_device(train.abstract_state(arm, experiment.mesh).params)

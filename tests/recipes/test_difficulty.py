@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from kdjax import checkpoint, train
-from kdjax import experiment as experiments
+from kdjax import build, checkpoint, train
 from kdjax.data import curriculum, pipeline, sources
 from kdjax.errors import UserError
 from kdjax.experiment import ALONE, DISTILLED
@@ -24,7 +23,7 @@ def prepared(pacing="linear", **changes):
     config.data.eval_batch_size = 64  # the last batch of 300 is partly padding
     for key, value in changes.items():
         config.update(ConfigDict({key: value}))
-    return experiments.prepare(config, DATASET)
+    return build.prepare(config, DATASET)
 
 
 @pytest.fixture(scope="module")
@@ -128,9 +127,9 @@ def ids(batches, count):
 def test_only_the_distilled_student_has_a_curriculum(teachers, tmp_path):
     experiment = difficulty.scored(prepared(), teachers, tmp_path)
     plain = ids(pipeline.train_batches(DATASET.train, batch_size=64, seed=0), 9)
-    assert ids(experiments.make_arm(experiment, ALONE).batches(0), 9) == plain
-    assert ids(experiments.make_arm(experiment, "teacher").batches(0), 9) == plain
-    arm = experiments.make_arm(experiment, DISTILLED, teachers)
+    assert ids(build.make_arm(experiment, ALONE).batches(0), 9) == plain
+    assert ids(build.make_arm(experiment, "teacher").batches(0), 9) == plain
+    arm = build.make_arm(experiment, DISTILLED, teachers)
     total = arm.stages[-1].stop
     assert total == 9
     mine = ids(arm.batches(0), 9)
@@ -138,19 +137,19 @@ def test_only_the_distilled_student_has_a_curriculum(teachers, tmp_path):
     for step in range(9):
         size = curriculum.pool_size("linear", step, total, 300)
         assert set(mine[step]) <= set(np.argsort(experiment.difficulty, kind="stable")[:size].tolist())
-    again = experiments.reseeded(experiment, arm, 5)
+    again = build.reseeded(experiment, arm, 5)
     assert ids(again.batches(0), 2) != mine[:2] and ids(again.batches(2), 2) == ids(again.batches(0), 4)[2:]
 
 
 def test_without_pacing_nothing_is_scored_and_nothing_changes(teachers, tmp_path):
     experiment = prepared("none")
     assert difficulty.scored(experiment, teachers, tmp_path) is experiment and not [*tmp_path.iterdir()]
-    mine = experiments.make_arm(experiment, DISTILLED, teachers).batches(3)
+    mine = build.make_arm(experiment, DISTILLED, teachers).batches(3)
     assert ids(mine, 4) == ids(pipeline.train_batches(DATASET.train, batch_size=64, seed=0, start_step=3), 4)
 
 
 def test_a_curriculum_without_scores_is_refused(teachers):
-    arm = experiments.make_arm(prepared(), DISTILLED, teachers)
+    arm = build.make_arm(prepared(), DISTILLED, teachers)
     with pytest.raises(UserError, match=r"data\.curriculum\.pacing=linear needs the difficulty of each example"):
         arm.batches(0)
 
@@ -164,7 +163,7 @@ def test_prepare_refuses_what_makes_no_curriculum(section):
 def test_an_interrupted_run_ends_as_an_uninterrupted_one(teachers, tmp_path):
     """Training with a curriculum, stopped in the middle of its growth, gives the same weights to the bit."""
     experiment = difficulty.scored(prepared(), teachers, tmp_path)
-    arm = experiments.make_arm(experiment, DISTILLED, teachers)
+    arm = build.make_arm(experiment, DISTILLED, teachers)
     quiet = lambda _: None
     whole = train.run(arm, experiment.mesh, say=quiet).state
 
@@ -181,7 +180,7 @@ def test_an_interrupted_run_ends_as_an_uninterrupted_one(teachers, tmp_path):
     with pytest.raises(Killed), checkpoint.Checkpoints(folder) as checkpoints:
         every = train.Every(save=2)
         train.run(arm._replace(batches=dying), experiment.mesh, every=every, checkpoints=checkpoints, say=quiet)
-    resumed = experiments.make_arm(difficulty.scored(prepared(), teachers, tmp_path), DISTILLED, teachers)
+    resumed = build.make_arm(difficulty.scored(prepared(), teachers, tmp_path), DISTILLED, teachers)
     with checkpoint.Checkpoints(folder) as checkpoints:
         found = train.run(resumed, experiment.mesh, checkpoints=checkpoints, say=quiet).state
     assert equal_trees(found.params, whole.params)

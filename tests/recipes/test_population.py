@@ -11,8 +11,7 @@ import numpy as np
 import optax
 import pytest
 
-from kdjax import experiment as experiments
-from kdjax import state, train
+from kdjax import build, state, train
 from kdjax.errors import UserError
 from kdjax.experiment import DISTILLED
 from kdjax.objective import make_objective
@@ -33,7 +32,7 @@ def config(**changes):
 
 @functools.cache
 def teacher():
-    experiment = experiments.prepare(config(), digits())
+    experiment = build.prepare(config(), digits())
     return {"teacher": jax.jit(experiment.teachers["teacher"].init)(jax.random.key(3))}
 
 
@@ -44,13 +43,13 @@ def trained(experiment, arm):
 @pytest.mark.parametrize("chunk", [0, 1, 2])
 def test_each_member_is_its_own_run(chunk):
     members = population.make_members(config(), 2, {"losses.kl.temperature": [1.0, 4.0]})
-    experiment = experiments.prepare(members.template, digits())
-    arm = experiments.make_arm(experiment, DISTILLED, teacher(), members=members.configs, chunk=chunk)
+    experiment = build.prepare(members.template, digits())
+    arm = build.make_arm(experiment, DISTILLED, teacher(), members=members.configs, chunk=chunk)
     together = trained(experiment, arm)
     assert [change["student.seed"] for change in members.changes] == [0, 1, 0, 1]
     for index, own in enumerate(members.configs):
-        alone = experiments.prepare(own, digits())
-        state = trained(alone, experiments.make_arm(alone, DISTILLED, teacher()))
+        alone = build.prepare(own, digits())
+        state = trained(alone, build.make_arm(alone, DISTILLED, teacher()))
         member = jax.tree.map(lambda x, index=index: x[index], (together.params, together.opt_state))
         close = functools.partial(np.testing.assert_allclose, rtol=2e-4, atol=2e-6)
         jax.tree.map(close, member, (state.params, state.opt_state))
@@ -64,13 +63,13 @@ def test_a_grid_is_one_program_and_a_weight_of_zero_is_a_member(tmp_path):
     jax.monitoring.register_event_duration_secs_listener(listen)
     try:
         members = population.make_members(config(), 1, GRID)
-        experiment = experiments.prepare(members.template, digits())
-        arm = experiments.make_arm(experiment, DISTILLED, teacher(), members=members.configs)
+        experiment = build.prepare(members.template, digits())
+        arm = build.make_arm(experiment, DISTILLED, teacher(), members=members.configs)
         programs = {}
         train.run(arm, experiment.mesh, programs=programs, say=QUIET)
         before = len(compiled)
         other = {"losses.kl.temperature": [2.0, 8.0], "losses.kl.weight": [0.3, 0.6]}
-        again = experiments.make_arm(
+        again = build.make_arm(
             experiment, DISTILLED, teacher(), members=population.make_members(config(), 1, other).configs
         )
         # Another grid: other values of the same arguments.
@@ -128,14 +127,14 @@ def test_members_are_split_over_an_axis_of_the_mesh():
     over = config()
     over.mesh = {"members": 4, "data": 2}
     members = population.make_members(over, 4, {})
-    experiment = experiments.prepare(members.template, digits())
-    arm = experiments.make_arm(experiment, DISTILLED, teacher(), members=members.configs)
+    experiment = build.prepare(members.template, digits())
+    arm = build.make_arm(experiment, DISTILLED, teacher(), members=members.configs)
     split = trained(experiment, arm)
     kernel = split.params["head"]["kernel"]
     assert kernel.sharding.spec[0] == "members" and kernel.addressable_shards[0].data.shape[0] == 1
     one = population.make_members(config(), 4, {})
-    plain = experiments.prepare(one.template, digits())
-    whole = trained(plain, experiments.make_arm(plain, DISTILLED, teacher(), members=one.configs))
+    plain = build.prepare(one.template, digits())
+    whole = trained(plain, build.make_arm(plain, DISTILLED, teacher(), members=one.configs))
     close = functools.partial(np.testing.assert_allclose, rtol=2e-4, atol=2e-6)
     jax.tree.map(close, jax.device_get(split.params), jax.device_get(whole.params))
 
