@@ -128,16 +128,21 @@ def write(path: str | os.PathLike[str], results: Mapping[str, Any]) -> None:
 
 def load(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Reads and checks a ``results.json``; UserError if it is missing, torn, or not of this schema."""
+    results = read_json(path, "finish a run with `kdjax distill --workdir ...` first", "run the evaluation again")
+    validate(results)
+    return results
+
+
+def read_json(path: str | os.PathLike[str], if_missing: str, if_damaged: str) -> Any:
+    """What a JSON file of results holds; a UserError with the remedy where it cannot be read."""
     try:
-        results = json.loads(Path(path).read_text(encoding="utf-8"))
+        return json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise UserError(f"no results at {path}: finish a run with `kdjax distill --workdir ...` first.") from error
+        raise UserError(f"no results at {path}: {if_missing}.") from error
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}; check the path and its permissions.") from error
     except ValueError as error:  # a JSON or an encoding error
-        raise UserError(f"{path} is not JSON ({error}): it is damaged; run the evaluation again.") from error
-    validate(results)
-    return results
+        raise UserError(f"{path} is not JSON ({error}): it is damaged; {if_damaged}.") from error
 
 
 def validate(results: Any) -> None:

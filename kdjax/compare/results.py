@@ -5,7 +5,6 @@ import json
 import math
 import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from kdjax import results as contract
@@ -25,14 +24,7 @@ def write(path: str | os.PathLike[str], results: Mapping[str, Any]) -> None:
 
 def load(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Reads and checks a comparison's ``results.json``; UserError if it is missing, torn, or not of this schema."""
-    try:
-        results = json.loads(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise UserError(f"no results at {path}: finish `kdjax compare --workdir ...` first.") from error
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}; check the path and its permissions.") from error
-    except ValueError as error:  # a JSON or an encoding error
-        raise UserError(f"{path} is not JSON ({error}): it is damaged; run the comparison again.") from error
+    results = contract.read_json(path, "finish `kdjax compare --workdir ...` first", "run the comparison again")
     validate(results)
     return results
 

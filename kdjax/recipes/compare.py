@@ -124,21 +124,36 @@ def _method(study: Study, name: str, experiment: Experiment, trials: int) -> dic
     """A method's part of the results: tuned where there is a choice, then run with every seed."""
     folder = study.workdir / "cells" / name
     folder.mkdir(parents=True, exist_ok=True)
-    tuned = _remembered(folder / "tuned.json", lambda: _tune(study, name, experiment, trials))
+    choice = _remembered(
+        folder / "tuned.json", lambda: {"trials": trials, "tuned": _tune(study, name, experiment, trials)}
+    )
+    if choice["trials"] != trials:
+        raise UserError(
+            f"{name} in {study.workdir} chose among {choice['trials']} weights: give --tune={choice['trials']}, or "
+            "another --workdir."
+        )
+    tuned = choice["tuned"]
     if tuned:
         term = methods.tuned_term(name)
         assert term is not None, "a method without a term of its own is not tuned"
         experiment = _of_method(experiment, name, tuned["chosen"] / methods.losses_of(name)[term]["weight"])
     programs: dict = {}
     run = partial(_cell, study, name, experiment, programs)
-    cells = [_remembered(folder / f"seed-{seed}.json", partial(run, seed)) for seed in study.seeds]
-    speeds = [cell.pop("examples_per_s") for cell in cells]
+    cells = []
+    for seed in study.seeds:
+        cell = _remembered(folder / f"seed-{seed}.json", partial(run, seed))
+        if cell["config_sha256"] != experiment.config_sha256:
+            raise UserError(f"{folder} was trained with another definition of {name}: choose another --workdir.")
+        shutil.rmtree(folder / f"seed-{seed}", ignore_errors=True)  # its checkpoints, now that its result stands
+        cells.append(cell)
+    speeds = [cell["examples_per_s"] for cell in cells]
+    kept = ("seed", "accuracy", "nll", "ece", "agreement", "kl", "params_sha256")
     return {
         "losses": {term: options for term, options in experiment.config.losses.to_dict().items() if options["weight"]},
         "tuned": tuned,
         "flops_per_step": max(cell["flops_per_step"] for cell in cells),
         "ms_per_step": 1e3 * experiment.config.data.batch_size / statistics.median(speeds),
-        "cells": [{key: value for key, value in cell.items() if key != "flops_per_step"} for cell in cells],
+        "cells": [{key: cell[key] for key in kept} for cell in cells],
     }
 
 
@@ -152,7 +167,7 @@ def _remembered(path: Path, compute: Callable[[], Any]) -> Any:
 
 
 def _cell(study: Study, name: str, experiment: Experiment, programs: dict, seed: int) -> dict[str, Any]:
-    """Trains a method with one seed and scores it; its checkpoints go once its result stands."""
+    """Trains a method with one seed, from its checkpoint if there is one, and scores it."""
     arm = build.reseeded(experiment, _arm(study, name, experiment, programs), seed)
     arm = arm._replace(name=f"{name}/seed-{seed}")
     folder = study.workdir / "cells" / name / f"seed-{seed}"
@@ -183,7 +198,8 @@ def _cell(study: Study, name: str, experiment: Experiment, programs: dict, seed:
     test, fidelity = metrics.classification(logits, labels), metrics.fidelity(logits, study.teacher_logits)
     compiled = programs.get(arm.stages[0].step)  # none where the run was killed between its end and its result
     flops = program.flops(compiled[0]) * experiment.mesh.size if compiled else 0.0
-    cell = {
+    return {
+        "config_sha256": experiment.config_sha256,
         "seed": seed,
         **{key: test[key] for key in ("accuracy", "nll", "ece")},
         **fidelity,
@@ -191,8 +207,6 @@ def _cell(study: Study, name: str, experiment: Experiment, programs: dict, seed:
         "examples_per_s": done.examples_per_s,
         "flops_per_step": flops,
     }
-    shutil.rmtree(folder, ignore_errors=True)
-    return cell
 
 
 def _arm(study: Study, name: str, experiment: Experiment, programs: dict) -> train.Arm:

@@ -66,8 +66,11 @@ def test_finished_cells_are_not_run_again(whole):
     assert again["grid"] == found["grid"]
     trained = [path.name for path in (workdir / "cells" / "rkd").iterdir()]
     assert sorted(trained) == ["seed-0.json", "seed-1.json", "tuned.json"]
+    with pytest.raises(UserError, match="chose among 2 weights: give --tune=2"):
+        compare.run(config(), workdir, names=["kl"], seeds=2, trials=3, say=QUIET)
     with pytest.raises(UserError, match="holds another grid"):
-        compare.run(config(), workdir, names=["kl"], seeds=2, grid={"losses.kl.temperature": [3.0]}, say=QUIET)
+        other = {"losses.kl.temperature": [3.0]}
+        compare.run(config(), workdir, names=["kl"], seeds=2, trials=2, grid=other, say=QUIET)
 
 
 def test_an_interrupted_cell_goes_on_from_its_checkpoint(whole, tmp_path, monkeypatch):
