@@ -13,7 +13,7 @@ Variants:
 
 Data whose examples name their domain can ask one teacher for each: docs/data.md, "Domains".
 
-Results: not measured yet.
+Results of one seed (half a minute to a minute on two CPU cores): docs/results.md. No difference beyond noise.
 """
 
 from ml_collections import ConfigDict
