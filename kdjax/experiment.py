@@ -37,6 +37,7 @@ class Experiment(NamedTuple):
     """A config made real: the data, the devices and the models, nothing trained yet."""
 
     config: ConfigDict
+    source: Dataset  # as it was loaded
     dataset: Dataset  # as the teacher sees it
     student_train: Split  # as the student sees it: labels hidden, a class left out
     mesh: Mesh
@@ -88,6 +89,7 @@ def load(config: ConfigDict, dataset: Dataset | None = None) -> Experiment:
     student = build(config.student)
     experiment = Experiment(
         config=config,
+        source=dataset,
         dataset=_relabelled(dataset, config.teacher.labels, config.seed),
         student_train=_student_view(dataset, config),
         mesh=mesh,

@@ -39,7 +39,6 @@ from kdjax.losses.relation import (
     similarity_preserving,
 )
 from kdjax.losses.response import (
-    combine_logits,
     cross_entropy,
     dist,
     jensen_shannon,
@@ -63,6 +62,7 @@ from kdjax.losses.self_taught import (
     mutual,
     past_predictions,
 )
+from kdjax.losses.teachers import combine_logits
 from kdjax.losses.transformer import (
     attention_maps,
     attention_scores,

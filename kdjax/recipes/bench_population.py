@@ -184,7 +184,7 @@ def in_turns(
             break
         if index % pause == 0:
             together.append(run_once(experiment, teachers, members.configs, chunk))
-        alone.append(run_once(build.prepare(config, experiment.dataset), teachers))
+        alone.append(run_once(build.prepare(config, experiment.source), teachers))
     return together, alone
 
 

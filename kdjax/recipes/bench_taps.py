@@ -65,7 +65,7 @@ def measure(config: ConfigDict, names: Sequence[str] = NAMES) -> dict[str, Any]:
 
 def term_alone(config: ConfigDict, bench: Bench) -> Alone:
     """Compiles the one term of ``config``, and makes the features of ``bench``'s batch that it is given."""
-    experiment = build.prepare(config, bench.experiment.dataset)
+    experiment = build.prepare(config, bench.experiment.source)
     goal = build.make_arm(experiment, DISTILLED, bench.teachers).stages[0].objective
     assert goal is not None, "build.make_arm sets it"
     learned = jax.jit(goal.init)(jax.random.key(0))

@@ -115,7 +115,7 @@ def _of_method(experiment: Experiment, name: str, factor: float = 1.0) -> Experi
     config = ConfigDict(experiment.config.to_dict(), type_safe=False)
     config.losses = methods.with_method(config.losses.to_dict(), name, factor)
     try:
-        return build.prepare(config, experiment.dataset)
+        return build.prepare(config, experiment.source)
     except UserError as error:
         raise UserError(f"method {name}: {error}") from error
 
@@ -279,7 +279,7 @@ def _held_out(experiment: Experiment) -> tuple[Split, Split]:
 def _grid(study: Study, experiment: Experiment, grid: Mapping[str, Sequence[Any]]) -> dict[str, Any]:
     """Every combination of the grid's values, with every seed: a population for each seed, one program for all."""
     members = population.make_members(study.config, 1, grid)
-    experiment = build.prepare(members.template, experiment.dataset)
+    experiment = build.prepare(members.template, experiment.source)
     folder = study.workdir / "cells" / "grid"
     folder.mkdir(parents=True, exist_ok=True)
     digest = configs.to_json({"members": members.changes})

@@ -57,7 +57,7 @@ def in_one_part(experiment: Experiment) -> Experiment:
     """The same without gradient accumulation: XLA counts the body of a loop once, however often it runs."""
     config = ConfigDict(experiment.config.to_dict(), type_safe=False)
     config.train.accumulate = 1
-    return build.prepare(config, experiment.dataset)
+    return build.prepare(config, experiment.source)
 
 
 def abstract_teachers(experiment: Experiment) -> dict[str, Variables]:

@@ -4,9 +4,10 @@ import json
 import os
 import signal
 
+import numpy as np
 import pytest
 
-from kdjax import cli, train
+from kdjax import build, cli, train
 from kdjax.compare import results as contract
 from kdjax.errors import UserError
 from kdjax.recipes import compare, distill, methods
@@ -110,6 +111,15 @@ def test_a_torn_cell_is_run_again(whole):
     again = compare.run(config(), workdir, names=["kl", "fitnets"], seeds=2, trials=2, grid=GRID, say=QUIET)
     assert again["methods"]["control"]["cells"] == found["methods"]["control"]["cells"]
     assert json.loads(place.read_text())["params_sha256"] == json.loads(good)["params_sha256"]
+
+
+def test_a_method_hides_from_the_student_what_the_config_hides_and_no_more():
+    scarce = config()
+    scarce.teacher.labels, scarce.data.labels = 0.5, 0.8
+    experiment = build.prepare(scarce)
+    other = compare._of_method(experiment, "fitnets")
+    assert np.array_equal(other.student_train.labels, experiment.student_train.labels)
+    assert np.array_equal(other.dataset.train.labels, experiment.dataset.train.labels)
 
 
 def test_every_method_names_terms_and_options_that_exist():
