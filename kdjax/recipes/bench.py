@@ -68,7 +68,7 @@ def population(config: ConfigDict, workdir: Path, seeds: int) -> Found:
     """``seeds`` students beside one teacher; see ``bench_population.measure``. Leaves nothing in ``workdir``."""
     del workdir
     values = bench_population.measure(config, seeds)
-    return Found(values, bench_population.table(values))
+    return Found(values, bench_step.table(values, bench_population.MEANING))
 
 
 def taps(config: ConfigDict, workdir: Path, seeds: int) -> Found:

@@ -1,7 +1,6 @@
 """``kdjax bench population``: students beside one teacher forward against as many runs of their own."""
 
 import contextlib
-import os
 import statistics
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -10,16 +9,14 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from ml_collections import ConfigDict
-from rich.table import Table
 
 from kdjax import build, train
 from kdjax import config as configs
-from kdjax import experiment as experiments
 from kdjax.errors import UserError
 from kdjax.experiment import DISTILLED, Experiment
 from kdjax.model import Model, Params, Variables, parameter_count
-from kdjax.recipes import population, program
-from kdjax.recipes.bench_step import COMPILED
+from kdjax.recipes import bench_step, population, program
+from kdjax.recipes.bench_step import COMPILED, environment
 from kdjax.recipes.population import Members
 
 MEMBERS = 16
@@ -55,15 +52,7 @@ MEANING = {
     "teacher_over_student_flops": "of a forward pass",
     "flops": "of the population's step",
     "flops_separate": "of a separate step",
-    "batch_size": "over all devices",
-    "teacher": "",
-    "student": "",
-    "dtype": "of the computation",
-    "data": "",
-    "device": "",
-    "devices": "in the mesh",
-    "nproc": "processors of the host",
-    "jax": "version",
+    **bench_step.ENVIRONMENT,
 }
 
 
@@ -225,22 +214,6 @@ def compilations() -> Iterator[list[str]]:
         jax.monitoring.unregister_event_duration_listener(listen)
 
 
-def environment(experiment: Experiment) -> dict[str, Any]:
-    """What was measured, and where."""
-    config = experiment.config
-    return {
-        "batch_size": config.data.batch_size,
-        "teacher": [experiments.member(config, name).name for name in experiment.teachers],
-        "student": config.student.name,
-        "dtype": config.train.dtype,
-        "data": experiment.dataset.name,
-        "device": jax.devices()[0].device_kind,
-        "devices": experiment.mesh.size,
-        "nproc": os.cpu_count(),
-        "jax": jax.__version__,
-    }
-
-
 # ------------------------------------------------------------------------------------------------------- its parts
 
 
@@ -294,19 +267,3 @@ def _largest(params: Params) -> float:
 def _range(values: Iterator[float]) -> list[float]:
     found = list(values)
     return [min(found), max(found)]
-
-
-def table(values: Mapping[str, Any]) -> Table:
-    """The measurements for people."""
-    shown = Table("measured", "value", "what it is")
-    for name, text in MEANING.items():
-        shown.add_row(name, _shown(values[name]), text)
-    return shown
-
-
-def _shown(value: Any) -> str:
-    if isinstance(value, float):
-        return f"{value:.4g}"
-    if isinstance(value, dict):
-        return ", ".join(f"{key}: {_shown(one)}" for key, one in value.items())
-    return ", ".join(map(_shown, value)) if isinstance(value, list) else str(value)

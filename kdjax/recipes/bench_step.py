@@ -27,6 +27,17 @@ FEWEST, MOST = 15, 300  # rounds
 BLOCK = 20  # steps of a run that are timed as one
 STEPS = 20  # of each stage, in the run whose compilations are counted: more than can be in flight
 COMPILED = "/jax/core/compile/backend_compile_duration"
+ENVIRONMENT = {  # what each key of environment() is
+    "batch_size": "over all devices",
+    "teacher": "",
+    "student": "",
+    "dtype": "of the computation",
+    "data": "",
+    "device": "",
+    "devices": "in the mesh",
+    "nproc": "processors of the host",
+    "jax": "version",
+}
 MEANING = {
     "fused_over_parts": "fused step / (teacher forward + student update, each jitted alone), medians",
     "flops_over_minimum": "compiled FLOPs of the step / (teacher forward + 3 x student forward)",
@@ -41,15 +52,7 @@ MEANING = {
     "input_step_ms": "step with the real input pipeline, several in flight",
     "examples_per_s": "with the real input pipeline",
     "flops": "of one step on all devices",
-    "batch_size": "over all devices",
-    "teacher": "",
-    "student": "",
-    "dtype": "of the computation",
-    "data": "",
-    "device": "",
-    "devices": "in the mesh",
-    "nproc": "processors of the host",
-    "jax": "version",
+    **ENVIRONMENT,
 }
 
 
@@ -88,8 +91,6 @@ def measure(config: ConfigDict) -> dict[str, Any]:
         "host_transfers": transfers,
         "input_over_constant": input_s / constant_s,
         "temp_bytes": bench.program.temp_bytes,
-        "device": jax.devices()[0].device_kind,
-        "jax": jax.__version__,
         "fused_ms": times["fused"] * 1e3,
         "teacher_forward_ms": times["teacher"] * 1e3,
         "student_update_ms": times["student"] * 1e3,
@@ -98,13 +99,7 @@ def measure(config: ConfigDict) -> dict[str, Any]:
         "examples_per_s": arm.batch_size / input_s,
         "flops": bench.program.flops,
         "flops_minimum": minimum,
-        "batch_size": arm.batch_size,
-        "teacher": [experiments.member(experiment.config, name).name for name in experiment.teachers],
-        "student": experiment.config.student.name,
-        "dtype": experiment.config.train.dtype,
-        "data": experiment.dataset.name,
-        "devices": experiment.mesh.size,
-        "nproc": os.cpu_count(),
+        **environment(experiment),
     }
     if complaint:
         values["host_transfer"] = complaint
@@ -275,10 +270,33 @@ def prepare(config: ConfigDict) -> Bench:
     )
 
 
-def table(values: Mapping[str, Any]) -> Table:
-    """The measurements for people."""
+def environment(experiment: Experiment) -> dict[str, Any]:
+    """What was measured, and where."""
+    config = experiment.config
+    return {
+        "batch_size": config.data.batch_size,
+        "teacher": [experiments.member(config, name).name for name in experiment.teachers],
+        "student": config.student.name,
+        "dtype": config.train.dtype,
+        "data": experiment.dataset.name,
+        "device": jax.devices()[0].device_kind,
+        "devices": experiment.mesh.size,
+        "nproc": os.cpu_count(),
+        "jax": jax.__version__,
+    }
+
+
+def table(values: Mapping[str, Any], meaning: Mapping[str, str] = MEANING) -> Table:
+    """A benchmark's measurements for people, with what each one is."""
     shown = Table("measured", "value", "what it is")
-    for name, text in MEANING.items():
-        value = values[name]
-        shown.add_row(name, f"{value:.4g}" if isinstance(value, float) else str(value), text)
+    for name, text in meaning.items():
+        shown.add_row(name, _shown(values[name]), text)
     return shown
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, dict):
+        return ", ".join(f"{key}: {_shown(one)}" for key, one in value.items())
+    return ", ".join(map(_shown, value)) if isinstance(value, list) else str(value)

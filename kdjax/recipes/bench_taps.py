@@ -16,8 +16,7 @@ from kdjax.catalogue import TERMS
 from kdjax.experiment import DISTILLED, MAIN
 from kdjax.model import Outputs, Variables
 from kdjax.recipes import bench_step, program
-from kdjax.recipes.bench_population import environment
-from kdjax.recipes.bench_step import Bench
+from kdjax.recipes.bench_step import Bench, environment
 from kdjax.state import inference_variables
 from kdjax.tasks import classification
 

@@ -10,7 +10,7 @@ import json
 import shutil
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -45,7 +45,9 @@ class Study(NamedTuple):
     workdir: Path
     seeds: list[int]
     teachers: dict[str, Variables]
+    teacher_sha256: dict[str, str]
     teacher_logits: np.ndarray  # of the test split
+    score: Callable[[Variables, Split], np.ndarray]  # of the student, which is the same network for every method
     say: Say
 
 
@@ -86,14 +88,16 @@ def run(
     prepared = {name: _of_method(experiment, name) for name in names}  # refuses what no method can do
     with distill.claimed(workdir, experiment.config):
         taught = distill.obtain_teachers(experiment, workdir, say=say)
+        teachers = {name: teacher.variables for name, teacher in taught.items()}
+        size = experiment.config.data.eval_batch_size
         study = Study(
             config=experiment.config,
             workdir=Path(workdir),
             seeds=[config.seed + index for index in range(seeds)],
-            teachers={name: teacher.variables for name, teacher in taught.items()},
-            teacher_logits=_teacher_logits(
-                experiment, {name: teacher.variables for name, teacher in taught.items()}, experiment.dataset.test
-            ),
+            teachers=teachers,
+            teacher_sha256={name: checkpoint.digest(variables) for name, variables in teachers.items()},
+            teacher_logits=_teacher_logits(experiment, teachers, experiment.dataset.test),
+            score=classification.make_score(experiment.student, experiment.dataset, experiment.mesh, size),
             say=say,
         )
         found = {}
@@ -137,8 +141,8 @@ def _method(study: Study, name: str, experiment: Experiment, trials: int) -> dic
         term = methods.tuned_term(name)
         assert term is not None, "a method without a term of its own is not tuned"
         experiment = _of_method(experiment, name, tuned["chosen"] / methods.losses_of(name)[term]["weight"])
-    programs: dict = {}
-    run = partial(_cell, study, name, experiment, programs)
+    arm = cache(partial(_arm, study, name, experiment))  # made once, if any cell is missing: all share its programs
+    run = partial(_cell, study, name, experiment, arm, {})
     cells = []
     for seed in study.seeds:
         cell = _remembered(folder / f"seed-{seed}.json", partial(run, seed))
@@ -166,15 +170,17 @@ def _remembered(path: Path, compute: Callable[[], Any]) -> Any:
     return value
 
 
-def _cell(study: Study, name: str, experiment: Experiment, programs: dict, seed: int) -> dict[str, Any]:
+def _cell(
+    study: Study, name: str, experiment: Experiment, base: Callable[[], train.Arm], programs: dict, seed: int
+) -> dict[str, Any]:
     """Trains a method with one seed, from its checkpoint if there is one, and scores it."""
-    arm = build.reseeded(experiment, _arm(study, name, experiment, programs), seed)
+    arm = build.reseeded(experiment, base(), seed)
     arm = arm._replace(name=f"{name}/seed-{seed}")
     folder = study.workdir / "cells" / name / f"seed-{seed}"
     meta = {
         "config_sha256": experiment.config_sha256,
         "seed": seed,
-        "teacher_sha256": {key: checkpoint.digest(value) for key, value in arm.teacher_variables.items()},
+        "teacher_sha256": {key: study.teacher_sha256[key] for key in arm.teacher_variables},
     }
     config = experiment.config
     every = train.Every(config.log.every, 0, config.checkpoint.every, config.train.stop_on_nan)
@@ -193,8 +199,8 @@ def _cell(study: Study, name: str, experiment: Experiment, programs: dict, seed:
             say=study.say,
         )
     variables = inference_variables(done.state)
-    logits = _scores(experiment, variables)
-    labels = experiment.dataset.test.labels
+    split = experiment.dataset.test
+    logits, labels = study.score(variables, split), split.labels
     test, fidelity = metrics.classification(logits, labels), metrics.fidelity(logits, study.teacher_logits)
     compiled = programs.get(arm.stages[0].step)  # none where the run was killed between its end and its result
     flops = program.flops(compiled[0]) * experiment.mesh.size if compiled else 0.0
@@ -209,14 +215,10 @@ def _cell(study: Study, name: str, experiment: Experiment, programs: dict, seed:
     }
 
 
-def _arm(study: Study, name: str, experiment: Experiment, programs: dict) -> train.Arm:
-    """The method's arm, made once, so that all its seeds share a compiled step (kept beside the programs)."""
-    if "arm" not in programs:
-        kind = ALONE if name == methods.CONTROL else DISTILLED
-        taught = {} if kind == ALONE else study.teachers
-        experiment = difficulty.scored(experiment, study.teachers, study.workdir)
-        programs["arm"] = build.make_arm(experiment, kind, taught)
-    return programs["arm"]
+def _arm(study: Study, name: str, experiment: Experiment) -> train.Arm:
+    kind = ALONE if name == methods.CONTROL else DISTILLED
+    taught = {} if kind == ALONE else study.teachers
+    return build.make_arm(difficulty.scored(experiment, study.teachers, study.workdir), kind, taught)
 
 
 def _teacher_logits(experiment: Experiment, teachers: Mapping[str, Variables], split: Split) -> np.ndarray:
@@ -224,12 +226,6 @@ def _teacher_logits(experiment: Experiment, teachers: Mapping[str, Variables], s
     size = experiment.config.data.eval_batch_size
     of = lambda name: classification.make_score(experiment.teachers[name], experiment.dataset, experiment.mesh, size)
     return distill.combined(experiment, {name: of(name)(teachers[name], split) for name in teachers})
-
-
-def _scores(experiment: Experiment, variables: Variables) -> np.ndarray:
-    size = experiment.config.data.eval_batch_size
-    of = classification.make_score(experiment.student, experiment.dataset, experiment.mesh, size)
-    return of(variables, experiment.dataset.test)
 
 
 # ---------------------------------------------------------------------------------------------------------- tuning

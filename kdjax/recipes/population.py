@@ -132,7 +132,7 @@ def run(
     """Trains a population in ``workdir`` (resuming what is there), scores every member, and writes ``population.json``.
 
     Returns:
-      ``{"chunk", "seconds", "members": [{"seed", "changes", "accuracy", ...}]}``.
+      ``{"chunk", "examples_per_s", "members": [{"changes", "accuracy", ...}]}``, what the file holds.
     """
     members = make_members(configs.resolve(config), seeds, grid or {})
     experiment = build.prepare(members.template)
