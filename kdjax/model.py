@@ -13,6 +13,7 @@ from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from kdjax.errors import UserError, unknown
+from kdjax.head import Head
 
 Array = jax.Array
 Params = dict[str, Any]
@@ -20,11 +21,39 @@ ModelState = dict[str, Any]
 Variables = dict[str, Any]  # {"params": Params, "state": ModelState}
 
 
-class Outputs(NamedTuple):
-    """What a model says of a batch: class scores, and the intermediate values that were asked for."""
+class Signal(NamedTuple):
+    """What a teacher says of a position, in short: the probabilities of some classes, and what is left for the others.
 
-    logits: Array  # [batch, ..., classes]
+    Either its k most probable classes, or a sample of its distribution (the share of each class drawn, nothing left).
+
+    Attributes:
+      ids: int32 [..., k], the classes, each at most once.
+      log_probs: float32 [..., k]; -inf where a place is empty.
+      log_rest: float32 [...], of all other classes together; -inf where nothing is left.
+    """
+
+    ids: Array
+    log_probs: Array
+    log_rest: Array
+
+
+class Outputs(NamedTuple):
+    """What a model says of a batch.
+
+    One of ``logits``, ``hidden`` with ``head`` (so that logits over a large vocabulary are made for a few positions at
+    a time), or ``signal`` (of a teacher that was asked before); and the intermediate values that were asked for.
+    """
+
+    logits: Any = None  # [batch, ..., classes]
     taps: Mapping[str, Array] = {}  # module path, such as "blocks.3" -> that module's output
+    hidden: Any = None  # [batch, ..., width]
+    head: Head | None = None
+    signal: Signal | None = None
+
+
+def logits_of(outputs: Outputs) -> Array:
+    """The logits [batch, ..., classes] of a model that has some, whichever way it gives them."""
+    return outputs.logits if outputs.head is None else outputs.head(outputs.hidden)
 
 
 EVERY = ("*",)  # as ``taps``: every module's output
