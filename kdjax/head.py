@@ -1,7 +1,7 @@
 """The head of a model with many classes: hidden states to logits, in the one place where that is done.
 
-A model over a large vocabulary returns its hidden states and its head, so that whoever needs logits makes them for a few
-positions at a time: ``[batch, tokens, vocabulary]`` never exists.
+A model over a large vocabulary returns its hidden states and its head, so that whoever needs logits makes them for a
+few positions at a time: ``[batch, tokens, vocabulary]`` never exists.
 """
 
 from dataclasses import dataclass

@@ -12,10 +12,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from kdjax import losses, weighting
+from kdjax import chunks, losses, weighting
 from kdjax.catalogue import TERMS
+from kdjax.chunks import Layout, Positions
 from kdjax.errors import UserError, unknown
-from kdjax.model import Array, Model, Outputs, Variables
+from kdjax.model import Array, Model, Outputs, Signal, Variables, logits_of
 from kdjax.taps import Network, Pairs, pairs_of
 from kdjax.terms import Sizes, Term, View
 
@@ -23,6 +24,8 @@ Batch = Mapping[str, Array]
 Hparams = Mapping[str, Any]
 NOTHING: Variables = {"params": {}, "state": {}}
 COMBINATIONS = ("probabilities", "logits", "confidence", "routed")
+# What a batch may hold of each position, beside what the models take: [b], or [b, t] where labels are those of tokens.
+_OF_POSITIONS = ("labels", "mask", "mix", "mixed_labels", "domain")
 
 
 class Objective(NamedTuple):
@@ -34,9 +37,9 @@ class Objective(NamedTuple):
       counts: ``counts(batch) -> {name: number of valid examples}`` for every term and metric.
       init: ``init(key) -> {"params": ..., "state": ...}``: what the objective learns beside the student (projectors,
         weights) and what it remembers (queues, past predictions); both empty for most.
-      loss: ``loss(student, teachers, batch, hparams, counts, learned, key, ema_logits) -> (scalar, ({name: sum}, new
-        state))``. With ``batch`` a part of the examples that ``counts`` counted, the scalars of all parts add up to
-        the loss of the whole.
+      loss: ``loss(student, teachers, batch, hparams, counts, learned, key, ema) -> (scalar, ({name: sum}, new
+        state))``, ``ema`` being the outputs of the student's moving average. With ``batch`` a part of the examples that
+        ``counts`` counted, the scalars of all parts add up to the loss of the whole.
       uses_teacher: whether any term needs the teachers' outputs.
       uses_ema: whether any term needs the scores of the student's moving average.
       student_taps: the modules of the student whose outputs ``loss`` needs.
@@ -64,6 +67,10 @@ class Setting(NamedTuple):
     examples: int = 0  # of the student's training split
     epoch_steps: int = 1
     peers: tuple[Model, ...] = ()  # that learn beside the student
+    sequences: bool = False  # whether positions are tokens, labels and features [b, t, ...]
+    signals: bool = False  # whether the teacher was asked before and gives sparse signals
+    tokens_per_chunk: int = 0  # of a device, where logits are made chunk by chunk; 0: by a fixed budget
+    layout: Layout | None = None  # of the batch on the mesh; None: one device, or left to the compiler
 
 
 class _Active(NamedTuple):
@@ -74,6 +81,13 @@ class _Active(NamedTuple):
     static: dict[str, Any]
     numbers: tuple[str, ...]
     pairs: Pairs
+
+    @property
+    def by_position(self) -> bool:
+        """Whether it reads nothing but scores and labels, of one position at a time."""
+        term = self.term
+        parts = (term.init, term.memory, term.taps, term.random)
+        return term.over == "example" and term.reads != "student" and not any(parts)
 
     @property
     def at_start(self) -> dict[str, Any]:
@@ -151,6 +165,8 @@ def make_objective(
     uses_teacher = any(one.term.uses_teacher or one.static.get("examples", "all") != "all" for one in active.values())
     if uses_teacher and teacher_weights and len(teacher_weights) > 1:
         hparams |= {f"teacher.{name}": float(weight) for name, weight in teacher_weights.items()}
+    if setting.signals:
+        _check_signals(active)
     weighting.init_balance(balance, list(active))  # refuses an unknown one
     _try(active, setting)
 
@@ -183,43 +199,46 @@ def make_objective(
         counts: Mapping[str, Array],
         learned: Variables = NOTHING,
         key: Array | None = None,
-        ema_logits: Array | None = None,
+        ema: Outputs | None = None,
     ):
-        valid = _valid(batch)
-        labelled = valid * _is_labelled(batch)
-        teacher_logits = lambda temperature: _teacher_logits(teachers, batch, hparams, combine, temperature)
-        means, sums, state = {}, {}, dict(learned["state"])
+        factors, constant = weighting.balance_factors(balance, list(active), learned["params"], learned["state"])
+        coefficients = {
+            name: factors[name] * hparams[f"{name}.weight"] / jnp.maximum(counts[name], 1.0) for name in active
+        }
+        state = dict(learned["state"])
+
+        def sums_of(positions: Positions, hparams: Hparams) -> dict[str, Array]:
+            """Of every term that takes one position at a time."""
+            view = _view(positions, tuple(teachers), hparams, combine)
+            sums = {name: _sum(name, one, view, hparams)[0] for name, one in active.items() if one.by_position}
+            right = jnp.argmax(view.logits, -1) == view.labels
+            return sums | {"accuracy": jnp.sum(view.valid * view.labelled * right)}
+
+        past = None if ema is None else jax.lax.stop_gradient(ema)
+        said = tuple(outputs._replace(taps={}) for outputs in teachers.values())
+        positions = Positions(student, said, past, batch)
+        alone = positions._replace(batch={name: batch[name] for name in _OF_POSITIONS if name in batch})
+        shared = {name: value for name, value in hparams.items() if not name.endswith(".weight")}
+        linear = {name: value for name, value in coefficients.items() if active[name].by_position}
+        total, sums = chunks.weighted_sums(sums_of, linear, alone, shared, _chunks(student, setting), setting.layout)
         for index, (name, one) in enumerate(active.items()):
-            view = View(
-                logits=student.logits,
-                teacher_logits=teacher_logits,
-                labels=batch["labels"],
-                batch=batch,
-                valid=valid,
-                pairs=_features(one.pairs, student, teachers, batch),
+            if one.by_position:
+                continue
+            view = _view(positions, tuple(teachers), hparams, combine, scores=one.term.reads != "taps")._replace(
+                pairs=_features(one, student, teachers, batch, setting.sequences),
                 learned=learned["params"].get(name, {}),
                 memory=state.get(name),
                 key=jax.random.fold_in(jax.random.key(0) if key is None else key, index),
-                ema_logits=ema_logits,
                 peers=setting.peers,
             )
-            value = one.term.loss(view, one.static | {option: hparams[f"{name}.{option}"] for option in one.numbers})
+            sums[name], memory = _sum(name, one, view, hparams)
             if one.term.memory:
-                value, state[name] = value
-            if one.term.over == "example":
-                rows = labelled if one.term.on_labels else valid
-                value = jnp.where(rows > 0, value, 0.0)
-                kind = one.static.get("examples", "all")
-                if kind != "all":
-                    weights = weighting.of_examples(kind, student.logits, teacher_logits(1.0), batch["labels"])
-                    value *= jnp.where(rows > 0, weights, 0.0)
-                sums[name] = jnp.sum(value)
-            else:
-                sums[name] = value * jnp.sum(valid)
-            means[name] = sums[name] / jnp.maximum(counts[name], 1.0)
-        total = _balanced(means, active, hparams, balance, learned, state, setting.epoch_steps)
-        sums["accuracy"] = jnp.sum(labelled * (jnp.argmax(student.logits, -1) == batch["labels"]))
-        return total, (sums, state)
+                state[name] = memory
+            total += coefficients[name] * sums[name]
+        if balance == "dwa":
+            means = {name: sums[name] / jnp.maximum(counts[name], 1.0) for name in active}
+            state["balance"] = weighting.dwa_remember(state["balance"], means, setting.epoch_steps)
+        return total + constant, (sums, state)
 
     return Objective(
         hparams,
@@ -261,8 +280,29 @@ def _activate(name: str, term: Term, given: Mapping[str, Any], setting: Setting)
     ), numbers
 
 
+def _check_signals(active: Mapping[str, _Active]) -> None:
+    """Refuses what needs more of the teacher than a cache holds."""
+    for name, one in active.items():
+        if one.term.uses_teacher and one.term.reads != "signal":
+            able = ", ".join(sorted(key for key, term in TERMS.items() if term.reads == "signal"))
+            raise UserError(
+                f"losses.{name} needs all that the teacher says, and teacher.cache holds its likeliest classes: use "
+                f"losses.{able}, or leave out teacher.cache."
+            )
+        if one.static.get("examples", "all") != "all":
+            raise UserError(
+                f"losses.{name}.examples={one.static['examples']} needs the teacher's scores: with teacher.cache set "
+                "it to all."
+            )
+
+
 def _sizes(one: _Active, setting: Setting) -> Sizes:
-    shape = lambda network, tap: network.taps[tap] if tap else ()
+    apart = setting.sequences and not one.term.sequences
+
+    def shape(network: Network, tap: str | None) -> tuple[int, ...]:
+        found = network.taps[tap] if tap else ()
+        return _one_token(found) if apart and len(found) > 1 else found
+
     pairs = [(shape(setting.student, s), shape(setting.teacher, t)) for s, t in one.pairs.pairs]
     return Sizes(pairs, one.pairs.student_layers, setting.classes, setting.examples, setting.peers)
 
@@ -286,11 +326,11 @@ def _try(active: Mapping[str, _Active], setting: Setting) -> None:
                 labels=rows.astype(jnp.int32),
                 batch={"id": rows.astype(jnp.int32)},
                 valid=rows,
+                labelled=rows,
                 pairs=[(blank(s), blank(t)) for s, t in sizes.pairs],
                 learned=one.term.init(key, sizes, one.at_start) if one.term.init else {},
                 memory=one.term.memory(key, sizes, one.at_start) if one.term.memory else None,
                 key=key,
-                ema_logits=None,
             )
             return one.term.loss(view, one.static | dict.fromkeys(one.numbers, 0.5))
 
@@ -325,28 +365,76 @@ def check_range(path: str, option: str, spec: Any) -> None:
 # ------------------------------------------------------------------------------------------------------ evaluating
 
 
-def _balanced(means, active, hparams, balance, learned, state, epoch_steps) -> Array:
-    """The sum of the terms by their weights, and by what the balance makes of them; renews the balance's memory."""
-    weighted = {name: hparams[f"{name}.weight"] * mean for name, mean in means.items()}
-    if balance == "uncertainty":
-        return weighting.uncertainty(weighted, learned["params"]["balance"])
-    if balance == "dwa":
-        weights = weighting.dwa_weights(state["balance"])
-        state["balance"] = weighting.dwa_remember(state["balance"], means, epoch_steps)
-        weighted = {name: weights[name] * value for name, value in weighted.items()}
-    return sum(weighted.values(), jnp.zeros((), jnp.float32))
+def _view(positions: Positions, names: Sequence[str], hparams: Hparams, combine: str, *, scores: bool = True) -> View:
+    """What terms see, all positions in a row: [n], [n, classes]; without scores, for terms that read none."""
+    batch, labels = positions.batch, positions.batch["labels"]
+    row = lambda x: x.reshape(-1, *x.shape[labels.ndim :])
+    of_positions = {name: row(batch[name]) for name in _OF_POSITIONS if name in batch}
+    signal = positions.teachers[0].signal if positions.teachers else None
+    taught = [row(logits_of(outputs)) for outputs in positions.teachers] if scores and signal is None else []
+    return View(
+        logits=row(logits_of(positions.student)) if scores else None,
+        teacher_logits=lambda temperature: _teacher_logits(names, taught, of_positions, hparams, combine, temperature),
+        signal=None if signal is None else Signal(*map(row, signal)),
+        labels=row(labels),
+        batch={**batch, **of_positions},
+        valid=row(_valid(batch)),
+        labelled=row(_is_labelled(batch)).astype(jnp.float32),
+        ema_logits=row(logits_of(positions.ema)) if scores and positions.ema is not None else None,
+    )
 
 
-def _features(pairs: Pairs, student: Outputs, teachers: Mapping[str, Outputs], batch: Batch) -> list[tuple[Any, Any]]:
+def _sum(name: str, one: _Active, view: View, hparams: Hparams) -> tuple[Array, Any]:
+    """A term summed over the positions of a view (a number for the whole batch counts for each of them), and its
+    memory."""
+    value = one.term.loss(view, one.static | {option: hparams[f"{name}.{option}"] for option in one.numbers})
+    value, memory = value if one.term.memory else (value, None)
+    if one.term.over == "batch":
+        return value * jnp.sum(view.valid), memory
+    rows = view.valid * view.labelled if one.term.on_labels else view.valid
+    if value.shape != rows.shape:  # one number for a sequence, which each of its tokens has
+        value = jnp.repeat(value, rows.size // value.size)
+    value = jnp.where(rows > 0, value, 0.0)
+    kind = one.static.get("examples", "all")
+    if kind != "all":
+        weights = weighting.of_examples(kind, view.logits, view.teacher_logits(1.0), view.labels)
+        value *= jnp.where(rows > 0, weights, 0.0)
+    return jnp.sum(value), memory
+
+
+def _chunks(student: Outputs, setting: Setting) -> int:
+    """How many chunks of tokens the positions are walked over in; those of a model that gives its logits are one."""
+    if student.head is None or student.hidden.ndim != 3:
+        return 1
+    ways = setting.layout.ways if setting.layout else 1
+    batch, tokens, _ = student.hidden.shape
+    return chunks.chunk_count(batch, tokens, student.head.size, ways, setting.tokens_per_chunk)
+
+
+def _features(
+    one: _Active, student: Outputs, teachers: Mapping[str, Outputs], batch: Batch, sequences: bool
+) -> list[tuple[Any, Any]]:
+    """The pairs of features of a term. Of sequences each token is an example of one token, but for terms that relate
+    the tokens of a sequence."""
     taught = next(iter(teachers.values())).taps if teachers else {}
+    apart = sequences and not one.term.sequences
 
     def clean(x: Array) -> Array:
         """Without what padding holds, which would reach the gradients of learned parts as 0 times NaN."""
+        if apart:
+            x = x.reshape(-1, *_one_token(x.shape)[1:])
         if "mask" not in batch:
             return x
-        return jnp.where(batch["mask"].astype(bool).reshape(-1, *(1,) * (x.ndim - 1)), x, 0)
+        mask = batch["mask"].astype(bool)
+        mask = mask.reshape(-1) if apart else mask
+        return jnp.where(mask.reshape(*mask.shape, *(1,) * (x.ndim - mask.ndim)), x, 0)
 
-    return [(clean(student.taps[s]), clean(taught[t]) if t else None) for s, t in pairs.pairs]
+    return [(clean(student.taps[s]), clean(taught[t]) if t else None) for s, t in one.pairs.pairs]
+
+
+def _one_token(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape [b * t, 1, ...] of a tap [b, t, ...] in which each token is an example."""
+    return (shape[0] * shape[1], 1, *shape[2:])
 
 
 def combine_teachers(logits: Sequence[Array], weights: Sequence[Any], how: str, temperature: Any = 1.0) -> Array:
@@ -358,12 +446,11 @@ def combine_teachers(logits: Sequence[Array], weights: Sequence[Any], how: str, 
 
 
 def _teacher_logits(
-    teachers: Mapping[str, Outputs], batch: Batch, hparams: Hparams, how: str, temperature: Any
+    names: Sequence[str], logits: Sequence[Array], batch: Batch, hparams: Hparams, how: str, temperature: Any
 ) -> Array:
-    logits = [outputs.logits for outputs in teachers.values()]
     if len(logits) == 1:
         return logits[0]
-    weights = jnp.stack([jnp.asarray(hparams[f"teacher.{name}"], jnp.float32) for name in teachers])
+    weights = jnp.stack([jnp.asarray(hparams[f"teacher.{name}"], jnp.float32) for name in names])
     if how == "confidence":
         weights = weights[:, None] * weighting.teacher_shares(logits, batch["labels"])
     if how == "routed":

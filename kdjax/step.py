@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from kdjax.errors import UserError
-from kdjax.model import Array, Model, Outputs, Variables
+from kdjax.model import Array, Model, Outputs, Variables, logits_of
 from kdjax.objective import Batch, Hparams, Objective
 from kdjax.state import TrainState, parted, trainable
 
@@ -76,7 +76,7 @@ def make_train_step(
             past = None
             if objective.uses_ema:
                 average = {"params": state.ema, "state": state.model_state}
-                past = student.apply(average, batch["inputs"], train=False)[0].logits
+                past = student.apply(average, batch["inputs"], train=False)[0]
             whole = {"params": learned, "state": state.learned["state"]}
             total, (sums, remembered) = objective.loss(outputs, taught, batch, values, counts, whole, key, past)
             return total, (new_state, remembered, {"loss": total, **sums})
@@ -184,6 +184,6 @@ def make_predict(
 
     def predict(variables, batch):
         inputs = (preprocess(batch) if preprocess else batch)["inputs"]
-        return model.apply(variables, inputs, train=False)[0].logits.astype(jnp.float32)
+        return logits_of(model.apply(variables, inputs, train=False)[0]).astype(jnp.float32)
 
     return predict

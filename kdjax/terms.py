@@ -7,6 +7,7 @@ recompiles. The others (names, flags, sizes) are part of the program.
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -15,39 +16,43 @@ import jax.numpy as jnp
 from kdjax.errors import UserError
 from kdjax.losses import projectors
 from kdjax.losses.transformer import mix_layers
-from kdjax.model import Array, Model, Params
+from kdjax.model import Array, Model, Params, Signal
 
 Shape = tuple[int, ...]
 Options = Mapping[str, Any]
 
 
 class View(NamedTuple):
-    """What a term may look at in a step.
+    """What a term may look at in a step: n positions, which are examples, or the tokens of sequences in a row.
 
     Attributes:
-      logits: [b, classes], the student's.
-      teacher_logits: ``teacher_logits(temperature) -> [b, classes]``, all teachers together.
-      labels: int32 [b], -1 where unlabelled.
+      logits: [n, classes], the student's; ``None`` for a term that reads taps alone.
+      teacher_logits: ``teacher_logits(temperature) -> [n, classes]``, all teachers together.
+      labels: int32 [n], -1 where unlabelled.
       batch: the whole batch.
-      valid: float32 [b], 0 for padding.
+      valid: float32 [n], 0 for padding.
+      labelled: float32 [n], 0 where the label is unknown.
+      signal: what the teacher said when it was asked before, where that is all there is of it.
       pairs: the student's and the teacher's features, pair by pair.
       learned: what the term learns.
       memory: what the term remembers from step to step.
       key: of this step's randomness.
-      ema_logits: [b, classes] of the student's moving average, where a term reads them.
+      ema_logits: [n, classes] of the student's moving average, where a term reads them.
       peers: the models that learn beside the student; their weights are what the term that runs them learns.
     """
 
-    logits: Array
+    logits: Any
     teacher_logits: Callable[[Any], Array]
     labels: Array
     batch: Mapping[str, Array]
     valid: Array
-    pairs: Sequence[tuple[Array, Array]]
-    learned: Params
-    memory: Any
-    key: Array
-    ema_logits: Array | None
+    labelled: Array
+    signal: Signal | None = None
+    pairs: Sequence[tuple[Array, Array]] = ()
+    learned: Params = MappingProxyType({})  # type: ignore[assignment]
+    memory: Any = None
+    key: Any = None
+    ema_logits: Array | None = None
     peers: Sequence[Model] = ()
 
 
@@ -67,14 +72,15 @@ class Term(NamedTuple):
     Attributes:
       loss: ``loss(view, options) -> [b]``, or a scalar where ``over`` is "batch"; with a memory: ``(value, memory)``.
       options: their defaults.
-      reads: "labels", "logits" (the teachers'), "both", "taps" (of student and main teacher), "student" (its own
-        outputs and taps) or "ema" (its moving average).
+      reads: "labels", "logits" (the teachers'), "signal" (the same, of which its likeliest classes are enough), "both",
+        "taps" (of student and main teacher), "student" (its own outputs and taps) or "ema" (its moving average).
       over: "example" or "batch"; the latter compares the examples of a batch with each other.
       init: ``init(key, sizes, options) -> params``, where the term learns something.
       memory: ``memory(key, sizes, options) -> arrays``, where it remembers something.
       taps: a regex of the modules that are tapped unless the config names some.
       layers: how layers are mapped unless the config says so (see ``taps.pairs_of``).
       random: whether its value depends on the step's key.
+      sequences: whether its features are those of whole sequences, whose tokens it relates.
     """
 
     loss: Callable[[View, Options], Any]
@@ -86,6 +92,7 @@ class Term(NamedTuple):
     taps: str = ""
     layers: str = "final"
     random: bool = False
+    sequences: bool = False
 
     @property
     def on_labels(self) -> bool:
@@ -95,7 +102,7 @@ class Term(NamedTuple):
     @property
     def uses_teacher(self) -> bool:
         """Whether the teachers must run."""
-        return self.reads in ("logits", "both", "taps")
+        return self.reads in ("logits", "signal", "both", "taps")
 
 
 BLOCKS = r"^(.*\.)?blocks\.\d+$"

@@ -105,10 +105,20 @@ def init_balance(kind: str, terms: Sequence[str]) -> tuple[Params, dict[str, Any
     raise unknown("balance of terms", kind, BALANCES)
 
 
-def uncertainty(losses: Mapping[str, Array], learned: Params) -> Array:
-    """Σ exp(-s_i) L_i + s_i with learned s_i = ln σ_i² (Kendall et al. 2018, eq. 7, times 2): at its optimum each term
-    has the weight 1 / L_i."""
-    return sum((jnp.exp(-learned[name]) * loss + learned[name] for name, loss in losses.items()), jnp.zeros(()))
+def balance_factors(
+    kind: str, terms: Sequence[str], learned: Params, memory: Mapping[str, Any]
+) -> tuple[dict[str, Any], Array]:
+    """What each term is multiplied by beside its weight, and what is added to the total.
+
+    "uncertainty": Σ exp(-s_i) L_i + s_i with learned s_i = ln σ_i² (Kendall et al. 2018, eq. 7, times 2): at its
+    optimum each term has the weight 1 / L_i. "dwa": see ``dwa_weights``. "fixed": 1, and nothing.
+    """
+    if kind == "uncertainty":
+        logs = learned["balance"]
+        return {name: jnp.exp(-logs[name]) for name in terms}, sum(logs.values(), jnp.zeros(()))
+    if kind == "dwa":
+        return dwa_weights(memory["balance"]), jnp.zeros(())
+    return dict.fromkeys(terms, 1.0), jnp.zeros(())
 
 
 def dwa_weights(memory: Mapping[str, Any], temperature: Any = 2.0) -> dict[str, Array]:
