@@ -13,20 +13,19 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from kdjax import experiment as experiments
-from kdjax import models, objective, optimizer, reuse, schedules, state, train
+from kdjax import objective, optimizer, reuse, schedules, state, train
 from kdjax.catalogue import TERMS
 from kdjax.data import curriculum, pipeline
-from kdjax.data.sources import Dataset
 from kdjax.errors import UserError
 from kdjax.experiment import ALONE, DISTILLED, MAIN, STUDENTS, Experiment, member, model_of, within
 from kdjax.model import Model, Variables, tap_shapes
 from kdjax.stages import Plan, make_plan
 from kdjax.step import make_train_step
 from kdjax.taps import Network
-from kdjax.tasks import classification
+from kdjax.tasks import language
 
 
-def prepare(config: ConfigDict, dataset: Dataset | None = None) -> Experiment:
+def prepare(config: ConfigDict, dataset: Any = None) -> Experiment:
     """The experiment of a config, with each of its arms built once, to refuse what cannot be built.
 
     Args:
@@ -79,7 +78,7 @@ def make_arm(
     is_student = name in STUDENTS
     split = experiment.student_train if is_student else experiment.dataset.train
     section, length = (config.optimizer, config.train) if is_student else (config.teacher.optimizer, config.teacher)
-    per_epoch = len(split.labels) / config.data.batch_size
+    per_epoch = pipeline.length(split) / config.data.batch_size
     where = "train" if is_student else "teacher"
     total = schedules.steps_of("", _length(length), None, per_epoch, where=where)
     if total is None:
@@ -90,7 +89,7 @@ def make_arm(
     plans = _plans(config, name, total, per_epoch)
     of_members = [_plans(one, name, total, per_epoch) for one in members] or [plans]
     augment = config.data.augment.to_dict() | ({} if is_student else config.teacher.augment.to_dict())
-    goals = [_objective(experiment, name, plan, len(split.labels), per_epoch) for plan in plans]
+    goals = [_objective(experiment, name, plan, pipeline.length(split), per_epoch) for plan in plans]
     _check_balance(config, name, goals)
     init_objective = _joined([goal.init for goal in goals])
     learned = jax.eval_shape(init_objective, jax.random.key(0))["params"]
@@ -161,6 +160,8 @@ def _batches(experiment: Experiment, name: str, seed: int, total: int, has_teach
             "process_index": jax.process_index(),
             "process_count": jax.process_count(),
         }
+        if name == DISTILLED and experiment.signals:
+            return language.with_signals(pipeline.train_batches(split, **common), experiment.signals)
         # An arm without teachers is there to be looked at, not to be trained, and nobody has scored its examples.
         if name != DISTILLED or plan["pacing"] == "none" or not has_teachers:
             return pipeline.train_batches(split, **common)
@@ -186,19 +187,20 @@ def _objective(experiment: Experiment, name: str, plan: Plan, examples: int, per
     is_student = name in STUDENTS
     section = config.student if is_student else config.teacher
     weights = {teacher: member(config, teacher).weight for teacher in experiment.teachers}
-    shape = (config.data.batch_size, *experiment.dataset.train.inputs.shape[1:])
     setting = objective.Setting(
-        student=_network(model_of(experiment, name), shape, section),
-        teacher=_network(experiment.teachers[MAIN], shape, config.teacher),
+        student=_network(experiment, model_of(experiment, name), section),
+        teacher=_network(experiment, experiment.teachers[MAIN], config.teacher),
         classes=experiment.classes,
         examples=examples,
         epoch_steps=max(round(per_epoch), 1),
         peers=experiment.peers,
+        signals=name == DISTILLED and experiment.signals is not None,
+        **experiment.task.setting(config, experiment.mesh),
     )
     balance = config.balance if name == DISTILLED else "fixed"
     goal = objective.make_objective(plan.losses, weights, config.teacher.combine, setting=setting, balance=balance)
     on_labels = [term for term in goal.terms if TERMS[term].on_labels]
-    if on_labels and is_student and (experiment.student_train.labels < 0).all():
+    if on_labels and is_student and not experiment.task.has_labels(experiment.student_train):
         raise UserError(
             f"losses.{on_labels[0]} needs labels and the student sees none: set its weight to 0, or raise data.labels."
         )
@@ -217,13 +219,18 @@ def _check_balance(config: ConfigDict, name: str, goals: Sequence[objective.Obje
         raise UserError(f"balance={config.balance} needs the same terms in all stages: set balance to fixed.")
 
 
-def _network(model: Model, shape: tuple[int, ...], section: ConfigDict) -> Network:
-    return Network(_tap_shapes(model, shape), models.heads(section.name, section.options))
+def _network(experiment: Experiment, model: Model, section: ConfigDict) -> Network:
+    task, config, dataset = experiment.task, experiment.config, experiment.dataset
+    shapes = task.inputs(dataset, config.data.batch_size)
+    leaves, structure = jax.tree.flatten(shapes)
+    sizes = tuple((leaf.shape, leaf.dtype) for leaf in leaves)
+    return Network(_tap_shapes(model, structure, sizes), task.heads(config, section, dataset))
 
 
 @lru_cache(maxsize=64)
-def _tap_shapes(model: Model, shape: tuple[int, ...]) -> Mapping[str, tuple[int, ...]]:
-    return tap_shapes(model, jax.ShapeDtypeStruct(shape, jnp.float32))
+def _tap_shapes(model: Model, structure: Any, sizes: tuple[Any, ...]) -> Mapping[str, tuple[int, ...]]:
+    leaves = [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in sizes]
+    return tap_shapes(model, jax.tree.unflatten(structure, leaves))
 
 
 def _joined(inits: Sequence[Any]) -> Any:
@@ -274,10 +281,10 @@ def _stage(
 
     step = make_train_step(
         model,
-        experiment.teachers if goal.uses_teacher else {},
+        experiments.asked(experiment) if goal.uses_teacher else {},
         goal,
         transform,
-        preprocess=classification.make_preprocess(experiment.dataset, augment),
+        preprocess=experiment.task.make_preprocess(experiment.dataset, augment),
         hparams_at=hparams_at,
         accumulate=experiment.config.train.accumulate,
         ema_decay=ema,

@@ -19,6 +19,7 @@ from kdjax.losses import (
     response,
     response_labels,
     self_taught,
+    sparse,
     transformer,
 )
 from kdjax.model import Array, Params
@@ -125,6 +126,15 @@ def _heads(view: View, options: Options) -> list[tuple[Any, Any]]:
     return [(split(s, options["student_heads"]), split(t, options["teacher_heads"])) for s, t in view.pairs]
 
 
+def _in_sight(view: View) -> tuple[Array | None, Array | None]:
+    """Which tokens are real [b, t], and which keys each query sees [b, t, t]; of sequences that are read in order."""
+    segments = view.batch.get("segments")
+    if segments is None:
+        return None, None
+    same = segments[:, :, None] == segments[:, None, :]
+    return segments > 0, same & jnp.tril(jnp.ones(same.shape[1:], jnp.bool_))[None]
+
+
 def _attention(loss: Callable[..., Array], parts: int, layers: str, **more: Any) -> Term:
     """A loss of queries, keys (and values), taken from the taps of the joint projection.
 
@@ -134,14 +144,15 @@ def _attention(loss: Callable[..., Array], parts: int, layers: str, **more: Any)
     def value(view: View, options: Options) -> Array:
         if not options.get("relation_heads", 1):
             options = {**options, "relation_heads": options["student_heads"]}
-        values = [loss(s[:parts], t[:parts], None, **only(loss, options)) for s, t in _heads(view, options)]
+        tokens, sees = _in_sight(view)
+        values = [loss(s[:parts], t[:parts], tokens, sees, **only(loss, options)) for s, t in _heads(view, options)]
         return over_layers(values, view.learned, options)
 
     def make(key: Array, sizes: Sizes, options: Options) -> Params:
         return learned_map(sizes, options)
 
     options = options_of_loss(loss) | {"student_heads": 0, "teacher_heads": 0} | more
-    return tapped(value, options, layers, taps=QKV, init=make)
+    return tapped(value, options, layers, taps=QKV, init=make, sequences=True)
 
 
 # ------------------------------------------------------------------------------------------------ self-taught
@@ -190,6 +201,14 @@ def _init_peers(part: str) -> Callable[[Array, Sizes, Options], Any]:
     return init
 
 
+def _top_k(view: View, options: Options) -> Array:
+    """Of what the teacher said beforehand, or of what it says."""
+    if view.signal is not None:
+        return sparse.sparse_kl(view.logits, *view.signal)
+    teacher = view.teacher_logits(1.0)
+    return sparse.sparse_kl(view.logits, *sparse.top_k(teacher, min(options["k"], teacher.shape[-1])))
+
+
 def _ema(view: View, options: Options) -> Array:
     assert view.ema_logits is not None, "make_train_step runs the moving average for terms that read it"
     return response.kl(view.logits, jax.lax.stop_gradient(view.ema_logits), temperature=options["temperature"])
@@ -206,6 +225,7 @@ TERMS: dict[str, Term] = {
     "logits_mse": from_scores(response.logits_mse),
     "standardised_kl": from_scores(response.standardised_kl),
     "total_variation": from_scores(response.total_variation),
+    "top_k": Term(_top_k, {"k": 32}, reads="signal"),
     "dist": from_scores_of_batch(response.dist),
     "dkd": from_scores_and_labels(response_labels.dkd),
     "nkd": from_scores_and_labels(response_labels.nkd),

@@ -65,7 +65,7 @@ def inits(config: ConfigDict) -> dict[str, str]:
 def _link(config: ConfigDict, before: ConfigDict | None, student: Mapping[str, Any]) -> ConfigDict:
     changed = ConfigDict(config.to_dict(), type_safe=False)
     changed.assistants, changed.generations = {}, 1
-    changed.student = {"reuse_classifier": False, **student}
+    changed.student = {"init": "", "reuse_classifier": False, **student}
     if before is not None:
         changed.teacher.update(name=before.student.name, init="")
         changed.teacher.options = before.student.options.to_dict()

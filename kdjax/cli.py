@@ -90,15 +90,35 @@ def check(call: Call) -> None:
     recipe.run(call.config, json_output=call.flags.json)
 
 
-def bench(call: Call) -> None:
-    """Measure the step, taps, a population, several seeds, or a class that the student never saw.
+def cache(call: Call) -> None:
+    """Ask a language model's teacher about every training window once, and keep what it says in files.
 
-    `bench step` times the compiled step against its parts, `bench taps` a feature term against the step without it,
-    `bench population` students side by side against separate runs; `bench seeds` trains all arms over several seeds,
-    and `bench omitted` repeats the omitted class of Hinton et al. (2015).
+    A run with config.teacher.cache set to that folder then trains without running the teacher. An interrupted cache is
+    continued by the same command.
+
+    Example:
+      kdjax cache --config configs/lm_bytes.py --workdir runs/lm
+      kdjax distill --config configs/lm_bytes.py:cached --config.teacher.init=runs/lm --workdir runs/cached
+    """
+    from rich.console import Console
+
+    from kdjax.recipes import signals as recipe
+
+    found = recipe.run(call.config, call.workdir)
+    Console().print(recipe.table(found, call.workdir / recipe.FOLDER))
+
+
+def bench(call: Call) -> None:
+    """Measure the step, the loss, taps, a population, several seeds, or a class that the student never saw.
+
+    `bench loss` compares the memory of the loss over a large vocabulary, chunked, with the dense one; `bench step`
+    times the compiled step against its parts, `bench signals` the step from a cache against the student alone, `bench taps` a
+    feature term against the step without it, `bench population` students side by side against separate runs; `bench
+    seeds` trains all arms over several seeds, and `bench omitted` repeats the omitted class of Hinton et al. (2015).
 
     Example:
       kdjax bench step --json
+      kdjax bench loss --json --tokens 8192 --vocab 131072
       kdjax bench seeds --seeds 5 --config configs/digits.py:labels10
     """
     from kdjax.recipes import bench as recipe
@@ -106,7 +126,14 @@ def bench(call: Call) -> None:
     names = recipe.BENCHMARKS
     if len(call.words) != 1 or call.words[0] not in names:
         raise unknown("benchmark", " ".join(call.words), names)
-    recipe.run(call.words[0], call.config, workdir=call.workdir, seeds=call.flags.seeds, json_output=call.flags.json)
+    given = {name: call.flags[name].value for name in ("seeds", "tokens", "vocab")}
+    recipe.run(
+        call.words[0],
+        call.config,
+        workdir=call.workdir,
+        json_output=call.flags.json,
+        **{name: value for name, value in given.items() if value is not None},
+    )
 
 
 def population(call: Call) -> None:
@@ -162,6 +189,7 @@ VERBS: dict[str, Callable[[Any], None]] = {
     "train": train,
     "evaluate": evaluate,
     "check": check,
+    "cache": cache,
     "bench": bench,
     "population": population,
     "compare": compare,
@@ -241,6 +269,9 @@ def _flags(verb: str) -> flags.FlagValues:
     if verb in ("bench", "compare", "population"):
         default = {"population": 1, "compare": 5}.get(verb)  # each benchmark has its own
         define(flags.DEFINE_integer, "seeds", default, "how many seeds, or members of a population", lower_bound=1)
+    if verb == "bench":
+        define(flags.DEFINE_integer, "tokens", None, "of bench loss: the length of the sequence", lower_bound=1)
+        define(flags.DEFINE_integer, "vocab", None, "of bench loss: the number of classes", lower_bound=2)
     if verb in ("compare", "population"):
         define(
             flags.DEFINE_string, "grid", None, "KEY=VALUE,VALUE ...: numbers of the config to try in all combinations"

@@ -26,12 +26,16 @@ def default() -> ConfigDict:
     """A small convolutional student of a larger teacher on scikit-learn's digits: half a minute on two CPU cores."""
     config = ConfigDict(type_safe=False)
     config.seed = 0
+    config.task = "classification"  # or language
     config.data = {
-        "name": "digits",  # digits, synthetic, or tfds:NAME
+        "name": "digits",  # digits, synthetic, or tfds:NAME; text: stdlib, text:FILES, jsonl:FILES, or tfds:NAME
         "data_dir": "",  # where tensorflow-datasets finds prepared data; empty: its own default
         "options": {},  # of the source, such as shape and classes of the synthetic one
         "batch_size": 64,  # over all devices
         "eval_batch_size": 256,
+        "tokeniser": "bytes",  # of text: bytes, or a tokenizer.json or the folder of one
+        "context": 256,  # of text: tokens of a window, each with its target
+        "packing": "split",  # of text: documents cut where a window ends, or whole
         "labels": 1.0,  # share of the training examples whose labels the student may see
         "omit_class": -1,  # a class whose examples the student never sees (-1: none)
         "curriculum": {  # of the distilled student: which examples it sees first, as the teacher finds them hard
@@ -52,7 +56,8 @@ def default() -> ConfigDict:
     config.teacher = {
         "name": "cnn",
         "options": {"widths": (32, 64, 128), "strides": (1, 2, 2)},
-        "init": "",  # a kdjax workdir or checkpoint folder; empty: trained in this run
+        "init": "",  # a kdjax workdir or checkpoint folder, or a Hugging Face folder; empty: trained in this run
+        "cache": "",  # of a language model: what the teacher said beforehand (kdjax cache), asked in its place
         "weight": 1.0,  # among several teachers
         "combine": "probabilities",  # or logits, confidence, routed
         "labels": 1.0,
@@ -66,6 +71,7 @@ def default() -> ConfigDict:
     config.student = {
         "name": "cnn",
         "options": {"widths": (8, 16, 16), "strides": (1, 2, 2)},
+        "init": "",  # of a language model: a Hugging Face folder, or teacher: a part of it; empty: random weights
         "seed": 0,  # of its weights and dropout, beside the run's
         "reuse_classifier": False,  # the distilled student ends in the teacher's own classifier (SimKD)
     }
@@ -84,15 +90,29 @@ def default() -> ConfigDict:
         "epochs": 60,
         "steps": 0,  # if not 0, instead of epochs
         "accumulate": 1,  # parts of a batch that are walked over one after the other
-        "dtype": "float32",  # of the computation; parameters are float32 always
+        "tokens_per_chunk": 0,  # of a device, for which logits exist at a time; 0: as many as a fixed budget holds
+        "dtype": "float32",  # of the computation; the student's parameters are float32 always
         "ema": 0.0,  # decay of the student's moving average; 0: none
         "stop_on_nan": True,
     }
     config.mesh = {"data": -1, "fsdp": 1}  # -1: all devices that are left
     config.sharding = {"student": ((".*", "fsdp"),), "teacher": ((".*", "fsdp"),)}
+    config.cache = {  # of kdjax cache: what is kept of a teacher's distribution of each token
+        "form": "top_k",  # its k likeliest tokens and the rest; or sample: an unbiased sample of it
+        "k": 32,
+        "samples": 50,  # at most; fewer where bytes_per_token asks for it
+        "bytes_per_token": 40.0,  # of a sample, on average
+        "examples_per_shard": 1024,
+        "examples_per_batch": 0,  # 0: data.eval_batch_size
+    }
     config.population = {"chunk": 0}  # students at a time in a population; 0: as measured at its start
     config.checkpoint = {"every": 200, "keep": 2, "keep_best": True}
-    config.log = {"every": 20, "eval_every": 100, "tensorboard": False}
+    config.log = {
+        "every": 20,
+        "eval_every": 100,
+        "tensorboard": False,
+        "sample": {"tokens": 160, "temperature": 0.7},  # of the text that each arm of a language model writes
+    }
     return config
 
 
@@ -171,7 +191,7 @@ def resolve(config: ConfigDict) -> ConfigDict:
 def _filled(config: ConfigDict) -> ConfigDict:
     """A copy with what a student that is set as a whole leaves out."""
     config = ConfigDict(config.to_dict(), type_safe=False)
-    for key in ("seed", "reuse_classifier"):
+    for key in ("init", "seed", "reuse_classifier"):
         config.student[key] = config.student.get(key, default().student[key])
     return config
 

@@ -12,17 +12,19 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 from numpy.typing import NDArray
 
-from kdjax import chain, checkpoint, models, reuse, sharding
+from kdjax import chain, checkpoint, reuse, sharding
 from kdjax import config as configs
-from kdjax.data import curriculum, sources
-from kdjax.data.sources import Dataset, Split
+from kdjax.data import cache, curriculum, packing, sources, text
 from kdjax.errors import UserError, unknown
-from kdjax.model import Model, Variables, from_nnx
-from kdjax.tasks import classification
+from kdjax.model import Model, Variables
+from kdjax.tasks import classification, language
 
 MAIN = "teacher"  # the name of the first teacher; more have the names that the config gives them
 STUDENTS = ALONE, DISTILLED = ("student_alone", "student_distilled")
 DTYPES = ("float32", "bfloat16")
+TASKS: dict[str, Any] = {"classification": classification, "language": language}
+Dataset = sources.Dataset | text.TextDataset
+Split = sources.Split | packing.TextSplit
 
 
 class Link(NamedTuple):
@@ -37,9 +39,10 @@ class Experiment(NamedTuple):
     """A config made real: the data, the devices and the models, nothing trained yet."""
 
     config: ConfigDict
-    source: Dataset  # as it was loaded
-    dataset: Dataset  # as the teacher sees it
-    student_train: Split  # as the student sees it: labels hidden, a class left out
+    source: Any  # Dataset, as it was loaded
+    dataset: Any  # as the teacher sees it
+    student_train: Any  # Split, as the student sees it: labels hidden, a class left out
+    classes: int
     mesh: Mesh
     teachers: dict[str, Model]
     student: Model
@@ -48,11 +51,12 @@ class Experiment(NamedTuple):
     links: Mapping[str, Link] = MappingProxyType({})  # by arm, the distilled student the last; empty without a chain
     peers: tuple[Model, ...] = ()  # that learn beside the distilled student
     difficulty: NDArray[np.float32] | None = None  # of each example of student_train, for a curriculum
+    signals: cache.Cache | None = None  # what the teacher said beforehand, in its place
 
     @property
-    def classes(self) -> int:
-        """The number of classes."""
-        return len(self.dataset.class_names)
+    def task(self) -> Any:
+        """The module of ``kdjax.tasks`` that says what a batch means."""
+        return TASKS[self.config.task]
 
     @property
     def arms(self) -> tuple[str, ...]:
@@ -60,7 +64,7 @@ class Experiment(NamedTuple):
         return (*self.teachers, *(name for name in self.links if name != DISTILLED), *STUDENTS)
 
 
-def load(config: ConfigDict, dataset: Dataset | None = None) -> Experiment:
+def load(config: ConfigDict, dataset: Any = None) -> Experiment:
     """Loads the data, shapes the models and checks that all parts fit together.
 
     Args:
@@ -73,33 +77,45 @@ def load(config: ConfigDict, dataset: Dataset | None = None) -> Experiment:
     config = configs.resolve(config)
     if config.train.dtype not in DTYPES:
         raise unknown("train.dtype", config.train.dtype, DTYPES)
+    if config.task not in TASKS:
+        raise unknown("task", config.task, TASKS)
+    task = TASKS[config.task]
     mesh = sharding.make_mesh(config.mesh.to_dict())
     sharding.check_batch(config.data.batch_size, mesh, config.train.accumulate)
     sharding.check_batch(config.data.eval_batch_size, mesh, what="data.eval_batch_size")
-    dataset = dataset or sources.load(config.data)
-    sources.validate(dataset)
     curriculum.check(config.data.curriculum)
-    if config.teacher.combine == "routed":
-        sources.check_routes(dataset, [MAIN, *config.more_teachers])
-    shape = tuple(dataset.train.inputs.shape[1:])
-    build = lambda part: _bundled(
-        part.name, part.options.to_dict(), len(dataset.class_names), shape, config.train.dtype
-    )
+    dataset = task.load(config, dataset)
     members = {MAIN: config.teacher, **config.more_teachers}
+    teachers = {name: task.make_model(config, member(config, name), dataset) for name in members}
+    build = lambda part: task.make_model(config, part, dataset)
     student = build(config.student)
     experiment = Experiment(
         config=config,
         source=dataset,
-        dataset=_relabelled(dataset, config.teacher.labels, config.seed),
-        student_train=_student_view(dataset, config),
+        dataset=task.teacher_view(dataset, config),
+        student_train=task.student_view(dataset, config),
+        classes=task.classes(config, dataset),
         mesh=mesh,
-        teachers={name: build(member(config, name)) for name in members},
+        teachers=teachers,
         student=student,
         distilled=student,
         config_sha256=configs.sha256(config),
         peers=tuple(build(config.peers[name]) for name in config.peers),
     )
-    return _with_classifier(_with_links(experiment, build))
+    return _with_signals(_with_classifier(_with_links(experiment, build)))
+
+
+def _with_signals(experiment: Experiment) -> Experiment:
+    """With the cache that ``teacher.cache`` names, of this data and tokeniser; the teacher it is of is compared where
+    its weights are known."""
+    place = experiment.config.teacher.cache
+    if not place:
+        return experiment
+    if experiment.config.task != "language" or len(experiment.teachers) > 1 or experiment.links:
+        raise UserError("teacher.cache stands for one teacher of a language model: leave it out of this config.")
+    found = cache.open_cache(place)
+    language.check_cache(found, experiment.dataset)
+    return experiment._replace(signals=found)
 
 
 def _with_links(experiment: Experiment, build: Callable[[ConfigDict], Model]) -> Experiment:
@@ -117,6 +133,8 @@ def _with_classifier(experiment: Experiment) -> Experiment:
     """With the teacher's classifier in the place of the distilled student's, where the config asks for that."""
     if not experiment.config.student.reuse_classifier:
         return experiment
+    if experiment.task is not classification:
+        raise UserError("student.reuse_classifier is for classification: set it to False.")
     some = {"inputs": jnp.asarray(experiment.dataset.train.inputs[:8])}
     images = classification.make_normalise(experiment.dataset)(some)["inputs"]
     link = experiment.links.get(DISTILLED)
@@ -149,8 +167,16 @@ def model_of(experiment: Experiment, name: str) -> Model:
     return {**experiment.teachers, ALONE: experiment.student, DISTILLED: experiment.distilled}[name]
 
 
+def asked(experiment: Experiment) -> dict[str, Model]:
+    """Who answers in the distilled student's step: the teachers, or the cache of what one of them said."""
+    return {MAIN: language.SIGNALLED} if experiment.signals else experiment.teachers
+
+
 def load_teacher(experiment: Experiment, name: str) -> Variables | None:
-    """The weights that ``init`` of a teacher or an assistant names, on the host; ``None`` where it is to be trained.
+    """The weights that ``init`` of a teacher or an assistant names; ``None`` where it is to be trained.
+
+    Those of a checkpoint come to the host; those of a Hugging Face folder straight onto the mesh, by the teacher's
+    sharding rules and in the dtype of the computation, since a frozen model needs no other.
 
     Raises:
       UserError: no checkpoint there, a damaged one, or one of another architecture (names the first parameter).
@@ -158,6 +184,9 @@ def load_teacher(experiment: Experiment, name: str) -> Variables | None:
     place = init_of(experiment.config, name)
     if not place:
         return None
+    if language.is_folder(place):
+        rules, dtype = experiment.config.sharding.teacher, jnp.dtype(experiment.config.train.dtype)
+        return language.load_weights(place, experiment.mesh, rules, dtype)
     model = model_of(experiment, name)
     here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     shapes = jax.eval_shape(model.init, jax.random.key(0))
@@ -185,31 +214,3 @@ def member(config: ConfigDict, name: str) -> ConfigDict:
     if name == MAIN:
         return ConfigDict(main)
     return ConfigDict(main | {"init": "", "weight": 1.0} | config.more_teachers[name].to_dict())
-
-
-def _bundled(name: str, options: dict[str, Any], classes: int, shape: Any, dtype: str) -> Model:
-    return from_nnx(
-        lambda rngs: models.build(
-            name, classes=classes, input_shape=shape, rngs=rngs, dtype=jnp.dtype(dtype), **options
-        )
-    )
-
-
-def _relabelled(dataset: Dataset, share: float, seed: int) -> Dataset:
-    if not 0.0 <= share <= 1.0:
-        raise UserError(f"a share of labels is between 0 and 1, not {share}.")
-    labels = dataset.train.labels if share == 1.0 else sources.hide_labels(dataset.train.labels, share, seed)
-    return dataset._replace(train=dataset.train._replace(labels=labels))
-
-
-def _student_view(dataset: Dataset, config: ConfigDict) -> Split:
-    split = _relabelled(dataset, config.data.labels, config.seed).train
-    omitted = config.data.omit_class
-    if omitted == -1:
-        return split
-    if not 0 <= omitted < len(dataset.class_names):
-        raise UserError(
-            f"data.omit_class={omitted} is not a class: there are {len(dataset.class_names)}, counted from 0."
-        )
-    kept = np.flatnonzero(dataset.train.labels != omitted)
-    return sources.take(split, kept)

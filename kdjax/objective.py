@@ -423,10 +423,11 @@ def _features(
         """Without what padding holds, which would reach the gradients of learned parts as 0 times NaN."""
         if apart:
             x = x.reshape(-1, *_one_token(x.shape)[1:])
-        if "mask" not in batch:
+        # A token that is in no loss is in sight of others all the same.
+        mask = batch.get("segments" if one.term.sequences and "segments" in batch else "mask")
+        if mask is None:
             return x
-        mask = batch["mask"].astype(bool)
-        mask = mask.reshape(-1) if apart else mask
+        mask = mask.reshape(-1) > 0 if apart else mask > 0
         return jnp.where(mask.reshape(*mask.shape, *(1,) * (x.ndim - mask.ndim)), x, 0)
 
     return [(clean(student.taps[s]), clean(taught[t]) if t else None) for s, t in one.pairs.pairs]

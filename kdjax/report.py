@@ -1,29 +1,27 @@
 """``report.html``: one self-contained page on teacher, student alone and distilled student.
 
 No script, no request to anywhere (the page's own policy forbids both); every text from a config or a data set is
-escaped. ``report_plots.py`` draws, ``report_html.py`` has the pieces and the look.
+escaped. ``report_plots.py`` draws, ``report_html.py`` has the pieces and the look, ``report_parts.py`` what reports of
+other tasks have too.
 """
 
-import json
 import math
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from html import escape
-from itertools import cycle
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from kdjax import metrics, report_plots
 from kdjax import report_html as ui
+from kdjax import report_parts as parts
 from kdjax.errors import UserError
-from kdjax.results import ARMS, bytes_text, caveat, headline, link_label, rows
+from kdjax.results import ARMS, caveat, link_label, rows
 from kdjax.writers import write_atomic
 
 MAX_CLASSES = 30  # above that, plots of all classes become lists of the worst
 PAIRS = 20  # rows of such a list
-TERM_COLORS = ("s1", "s2", "s3", "s4", "s5")
-Curve = tuple[str, str, Sequence[float], Sequence[float]]
 
 
 class Run(NamedTuple):
@@ -83,38 +81,29 @@ def page(run: Run) -> str:
     """The whole HTML document."""
     sections: list[tuple[str, Callable[[Run], str]]] = [
         ("Results", _results),
-        ("Learning curves", _curves),
+        (
+            "Learning curves",
+            lambda run: parts.curves(run.history, list(run.logits), accuracy="Test accuracy", log=True),
+        ),
         ("Classes", _classes),
         ("Confusion", _confusion),
         ("Calibration", _calibration),
         ("Fidelity to the teacher", _fidelity),
-        ("Cost", _cost),
-        ("Schedules as run", _schedules),
-        ("Environment and config", _details),
+        ("Cost", lambda run: parts.cost(run.results["arms"], of="example")),
+        ("Schedules as run", lambda run: parts.schedules(run.history, list(run.logits))),
+        ("Environment and config", lambda run: parts.details(run.results, run.config)),
     ]
-    title = f"kdjax report: {run.config.get('data', {}).get('name', 'distillation')}"
-    return ui.document(title, _header(run), [(heading, section(run)) for heading, section in sections])
+    return ui.document(
+        parts.title(run.config), _header(run), [(heading, section(run)) for heading, section in sections]
+    )
 
 
 # -------------------------------------------------------------------------------------------------------- sections
 
 
 def _header(run: Run) -> str:
-    results, environment = run.results, run.results["environment"]
     labelled = int((run.labels != -1).sum())
-    facts = [
-        run.config.get("data", {}).get("name"),
-        f"seed {results['seed']}",
-        f"{environment['device_count']} × {environment['device_kind']}",
-        f"config {results['config_sha256'][:10]}",
-        environment["date"][:10],
-    ]
-    line = " · ".join(escape(str(fact)) for fact in facts if fact)
-    note = caveat(results, labelled)
-    return (
-        f'<header><p class="eyebrow"><b>kdjax</b> distillation report</p><h1>{escape(headline(results))}</h1>'
-        f'{f"<p class=lead>{escape(note)}</p>" if note else ""}<p class="facts">{line}</p>{_cards(run)}</header>'
-    )
+    return parts.header(run.results, run.config, note=caveat(run.results, labelled), cards=_cards(run))
 
 
 def _cards(run: Run) -> str:
@@ -131,7 +120,7 @@ def _cards(run: Run) -> str:
         cards.append(("Agreement", ui.percent(main["fidelity"]["agreement"]), "of predictions are the teacher's"))
         cards.append((*size, "than the teacher, in parameters"))
         cards.append((*time, "than the teacher, one example at a time"))
-    return '<div class="cards">' + "".join(ui.card(*parts) for parts in cards) + "</div>"
+    return ui.cards(cards)
 
 
 def _results(run: Run) -> str:
@@ -171,18 +160,6 @@ def _paired(run: Run) -> str:
         f"Paired on the same {n:,} examples: distilling wins {won:,} and loses {lost:,} of them, "
         f"a difference of {ui.signed(100 * (won - lost) / n, 2)} ± {196 * error:.2f} points (95 %, of one seed)."
     )
-
-
-def _curves(run: Run) -> str:
-    loss = [_curve(run, arm, "loss", ARMS[arm], arm) for arm in run.logits]
-    accuracy = [_curve(run, arm, "eval_accuracy", ARMS[arm], arm) for arm in run.logits]
-    plots = _plot(loss, "Training loss", log=True) + _plot(accuracy, "Test accuracy", percent=True)
-    for arm in run.logits:
-        terms = [_curve(run, arm, term, term, color) for term, color in zip(_terms(run, arm), cycle(TERM_COLORS))]
-        if len(terms) > 1:
-            plots += _plot(terms, f"Terms of the loss before their weights, {ARMS[arm]}", log=True)
-    note = "Losses of different arms are sums of different terms: compare shapes, not heights."
-    return plots and ui.grid(plots) + ui.note(note)
 
 
 def _classes(run: Run) -> str:
@@ -258,16 +235,16 @@ def _fidelity(run: Run) -> str:
     for arm in students:
         predicted = run.logits[arm].argmax(-1)[known]
         same, teacher_right, student_right = predicted == teacher, teacher == labels, predicted == labels
-        parts = {
+        cases = {
             "agree, right": (same & teacher_right, "good"),
             "agree, wrong": (same & ~teacher_right, "muted"),
             "only the student right": (~same & student_right, arm),
             "only the teacher right": (~same & teacher_right, "bad"),
             "differ, both wrong": (~same & ~student_right & ~teacher_right, "rule"),
         }
-        bars += ui.stack(ARMS[arm], [(label, float(mask.mean()), color) for label, (mask, color) in parts.items()])
-        body.append([ui.arm_label(arm), *(f"{int(mask.sum()):,}" for mask, _ in parts.values())])
-    head = ["", *parts]
+        bars += ui.stack(ARMS[arm], [(label, float(mask.mean()), color) for label, (mask, color) in cases.items()])
+        body.append([ui.arm_label(arm), *(f"{int(mask.sum()):,}" for mask, _ in cases.values())])
+    head = ["", *cases]
     share = metrics.fidelity(run.logits[run.main], run.logits["teacher"])
     student = "distilled student" if run.main == "student_distilled" else "student"
     text = (
@@ -275,75 +252,6 @@ def _fidelity(run: Run) -> str:
         f"KL(teacher ‖ student) is {share['kl']:.3f} nats per example. Where they part, who is right:"
     )
     return f"<p>{text}</p>{bars}{ui.table(head, body)}"
-
-
-def _cost(run: Run) -> str:
-    arms = run.results["arms"]
-    time = lambda value: f"{value:.3g} ms"
-    quantities: dict[str, tuple[Callable[[Any], float], Callable[[float], str]]] = {
-        "Parameters": (lambda arm: arm["params"], lambda value: f"{value:,}"),
-        "Weights": (lambda arm: arm["weights_bytes"], bytes_text),
-        "Latency of one example, median": (lambda arm: arm["latency_ms"]["p50"], time),
-        "Latency of one example, 99th percentile": (lambda arm: arm["latency_ms"]["p99"], time),
-    }
-    figures = [
-        ui.figure(title, ui.bars({name: pick(arm) for name, arm in arms.items()}, text))
-        for title, (pick, text) in quantities.items()
-    ]
-    return ui.grid("".join(figures))
-
-
-def _schedules(run: Run) -> str:
-    rate = [_curve(run, arm, "learning_rate", ARMS[arm], arm) for arm in run.logits]
-    plots = _plot(rate, "Learning rate")
-    hparams = dict.fromkeys(
-        name for record in run.history if record.get("arm") == run.main for name in record.get("hparams") or {}
-    )
-    hparams.pop("learning_rate", None)
-    colors = dict(zip(dict.fromkeys(name.rpartition(".")[0] for name in hparams), cycle(TERM_COLORS)))
-    for kind in dict.fromkeys(name.rpartition(".")[2] for name in hparams):
-        curves = []
-        for name in hparams:
-            term, _, last = name.rpartition(".")
-            if last == kind:
-                curves.append(_curve(run, run.main, name, term or name, colors[term]))
-        plots += _plot(curves, f"{kind.replace('_', ' ').capitalize()}, {ARMS[run.main]}")
-    return plots and ui.grid(plots)
-
-
-def _details(run: Run) -> str:
-    sums = [[ui.arm_label(name), f"<code>{arm['params_sha256']}</code>"] for name, arm in run.results["arms"].items()]
-    config = json.dumps(run.config, indent=2, default=str, ensure_ascii=False)
-    digest = f"<p>SHA-256 <code>{escape(run.results['config_sha256'])}</code></p>"
-    return (
-        ui.environment(run.results["environment"])
-        + ui.fold("Digests of the parameters", ui.table(["", "SHA-256"], sums, texts=2))
-        + ui.fold("Config", f"{digest}<pre>{escape(config)}</pre>")
-    )
-
-
-# ----------------------------------------------------------------------------------------------------- the history
-
-
-def _curve(run: Run, arm: str, key: str, label: str, color: str) -> Curve:
-    """A metric or hyperparameter of one arm over its steps; null (a NaN that was written) becomes NaN again."""
-    steps, values = [], []
-    for record in run.history:
-        source = {**(record.get("hparams") or {}), **record}
-        if record.get("arm") == arm and key in source:
-            steps.append(record["step"])
-            values.append(math.nan if source[key] is None else source[key])
-    return label, color, steps, values
-
-
-def _terms(run: Run, arm: str) -> list[str]:
-    """The terms of an arm's loss, in the order of the history: what has a weight and was logged."""
-    records = [record for record in run.history if record.get("arm") == arm]
-    weights = dict.fromkeys(
-        name for record in records for name in record.get("hparams") or {} if name.endswith(".weight")
-    )
-    terms = [name.removesuffix(".weight") for name in weights]
-    return [term for term in terms if any(term in record for record in records)]
 
 
 def _class_agreement(run: Run) -> dict[str, np.ndarray]:
@@ -359,8 +267,3 @@ def _class_agreement(run: Run) -> dict[str, np.ndarray]:
             same = np.bincount(labels, run.logits[arm].argmax(-1)[known] == teacher, minlength=len(run.names))
             shares[arm] = np.where(support > 0, same / np.maximum(support, 1), np.nan)
     return shares
-
-
-def _plot(curves: Iterable[Curve], title: str, *, percent: bool = False, log: bool = False) -> str:
-    drawn = [curve for curve in curves if np.isfinite(curve[3]).any()]
-    return ui.figure(title, report_plots.lines(drawn, title=title, percent=percent, log=log)) if drawn else ""

@@ -158,6 +158,11 @@ def card(label: str, value: str, text: str) -> str:
     return f'<div class="card"><span>{escape(label)}</span><strong>{value}</strong><em>{escape(text)}</em></div>'
 
 
+def cards(figures: Iterable[tuple[str, str, str]]) -> str:
+    """The figures of a run side by side; each is what ``card`` takes."""
+    return '<div class="cards">' + "".join(card(*parts) for parts in figures) + "</div>"
+
+
 def table(head: Sequence[str], body: Iterable[Sequence[str]], texts: int = 1) -> str:
     """A table of ready HTML cells; the first ``texts`` columns are left-aligned."""
     kinds = lambda i: ' class="t"' if i < texts else ""

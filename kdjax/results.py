@@ -8,9 +8,9 @@ import os
 import platform
 import subprocess
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -22,7 +22,41 @@ from kdjax.writers import write_atomic
 
 SCHEMA = 1
 ARMS = {"teacher": "teacher", "student_alone": "student alone", "student_distilled": "student distilled"}  # shown as
+CLASSIFICATION = "classification"  # the task of results that name none
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "kdjax")
+
+
+class Kind(NamedTuple):
+    """What is in the results of one task, beside what every run has, and how a person is told.
+
+    Attributes:
+        required: keys at the top, beside those of every run.
+        optional: keys at the top that may be absent.
+        check_arm: ``(path, arm)``; raises a UserError that names the first wrong key of an arm.
+        check_rest: ``(results)``; the same of the keys at the top that only this task has.
+        headline: ``(results) -> str``.
+        caveat: ``(results, test examples or None) -> str``.
+        columns: label of a row of the table -> ``(arm) -> str``.
+    """
+
+    required: frozenset[str]
+    optional: frozenset[str]
+    check_arm: Callable[[str, Any], None]
+    check_rest: Callable[[Mapping[str, Any]], None]
+    headline: Callable[[Mapping[str, Any]], str]
+    caveat: Callable[[Mapping[str, Any], int | None], str]
+    columns: Mapping[str, Callable[[Any], str]]
+
+
+def _kind(results: Mapping[str, Any]) -> Kind:
+    """The kind of the task that the results are of; the only place that asks which one it is."""
+    from kdjax import results_classification, results_language  # here, for they stand on the checks of this module
+
+    kinds = {CLASSIFICATION: results_classification.KIND, results_language.TASK: results_language.KIND}
+    task = results.get("task", CLASSIFICATION)
+    if not isinstance(task, str) or task not in kinds:
+        raise unknown("task in results", task, kinds)
+    return kinds[task]
 
 
 def environment() -> dict[str, Any]:
@@ -67,8 +101,8 @@ def arm_result(
         params_sha256: hex digest of the parameters.
     """
     return {
-        "params": _count(variables),
-        "weights_bytes": sum(math.prod(x.shape) * np.dtype(x.dtype).itemsize for x in jax.tree.leaves(dict(variables))),
+        "params": count(variables),
+        "weights_bytes": weigh(variables),
         "steps": int(steps),
         "examples_per_s": None if examples_per_s is None else float(examples_per_s),
         "test": metrics.classification(logits, labels),
@@ -84,15 +118,21 @@ def link_result(
     """One link's entry of the ``chain`` of ``results.json``: ``name`` is that of its arm, the rest as in an arm's."""
     return {
         "name": name,
-        "params": _count(variables),
+        "params": count(variables),
         "steps": int(steps),
         "test": metrics.classification(logits, labels),
         "fidelity": metrics.fidelity(logits, teacher_logits),
     }
 
 
-def _count(variables: Mapping[str, Any]) -> int:
+def count(variables: Mapping[str, Any]) -> int:
+    """The number of parameters."""
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(variables["params"]))
+
+
+def weigh(variables: Mapping[str, Any]) -> int:
+    """The bytes of parameters and state, as held in memory."""
+    return sum(math.prod(x.shape) * np.dtype(x.dtype).itemsize for x in jax.tree.leaves(dict(variables)))
 
 
 def build(
@@ -101,21 +141,31 @@ def build(
     seed: int,
     arms: Mapping[str, Mapping[str, Any]],
     chain: Sequence[Mapping[str, Any]] = (),
+    task: str = CLASSIFICATION,
+    prompt: str | None = None,
+    signals: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """The whole of ``results.json`` for arms named as in ``ARMS``, with the environment of this process.
 
-    ``chain`` has the links between teacher and student in their order (see ``link_result``); without one there is no
-    such key.
+    ``chain`` has the links between teacher and student in their order (see ``link_result``). Of a language run,
+    ``prompt`` is what the samples go on from, ``signals`` the cache that the student learned from. What is left out is
+    no key.
     """
-    results = {
+    results: dict[str, Any] = {
         "schema": SCHEMA,
         "config_sha256": config_sha256,
         "seed": int(seed),
         "environment": environment(),
         "arms": {name: dict(arms[name]) for name in ARMS if name in arms} | dict(arms),  # in the order of the tables
     }
+    if task != CLASSIFICATION:
+        results["task"] = task
     if chain:
         results["chain"] = [dict(link) for link in chain]
+    if prompt is not None:
+        results["prompt"] = prompt
+    if signals is not None:
+        results["signals"] = dict(signals)
     validate(results)
     return results
 
@@ -147,8 +197,11 @@ def read_json(path: str | os.PathLike[str], if_missing: str, if_damaged: str) ->
 
 def validate(results: Any) -> None:
     """Raises a UserError that names the first key of ``results`` that breaks the contract."""
-    optional = {"chain"} & set(results) if isinstance(results, dict) else set()
-    check_keys("results", results, {"schema", "config_sha256", "seed", "environment", "arms"} | optional)
+    if not isinstance(results, dict):
+        raise wrong("results", "an object", results)
+    kind = _kind(results)
+    always = {"schema", "config_sha256", "seed", "environment", "arms"}
+    check_keys("results", results, always | kind.required | (kind.optional & set(results)))
     if results["schema"] != SCHEMA:
         raise UserError(
             f"results.schema is {results['schema']!r}, this kdjax reads {SCHEMA}: use the kdjax that wrote it."
@@ -162,12 +215,8 @@ def validate(results: Any) -> None:
     for name, arm in arms.items():
         if name not in ARMS:
             raise unknown("arm in results.arms", name, ARMS)
-        _arm(f"results.arms.{name}", arm)
-    chain = results.get("chain", [])
-    if not isinstance(chain, list):
-        raise wrong("results.chain", "a list of links", chain)
-    for number, link in enumerate(chain):
-        _link(f"results.chain.{number}", link)
+        kind.check_arm(f"results.arms.{name}", arm)
+    kind.check_rest(results)
 
 
 def latency(apply_fn: Callable[[Any], Any], example: Any, calls: int = 200) -> dict[str, float]:
@@ -201,6 +250,11 @@ def bytes_text(count: float) -> str:
     return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
 
 
+def speed_text(per_second: float | None) -> str:
+    """A training throughput for a person: "loaded" for an arm that was not trained here."""
+    return "loaded" if per_second is None else f"{per_second:,.0f}"
+
+
 def noise_points(accuracies: list[float], examples: int) -> float:
     """Two binomial standard errors of the difference of two accuracies, in points.
 
@@ -211,37 +265,15 @@ def noise_points(accuracies: list[float], examples: int) -> float:
 
 def headline(results: Mapping[str, Any]) -> str:
     """What the run came to, in one plain sentence (one per arm if nothing was distilled)."""
-    arms = results["arms"]
-    accuracy = {name: arm["test"]["accuracy"] for name, arm in arms.items()}
-    if "student_distilled" not in arms:
-        sentences = [
-            f"The {ARMS[name]} is right on {100 * value:.1f} % of the test set." for name, value in accuracy.items()
-        ]
-        return " ".join(sentences)
-    distilled = accuracy["student_distilled"]
-    facts = []
-    if "student_alone" in arms:
-        points = round(100 * (distilled - accuracy["student_alone"]), 1)
-        apart = f"{abs(points):.1f} points {'above' if points > 0 else 'below'}" if points else "level with"
-        facts.append(f"is {apart} the same student alone")
-    if accuracy.get("teacher"):
-        kept = 100 * distilled / accuracy["teacher"]
-        size = _share(arms["student_distilled"]["params"], arms["teacher"]["params"])
-        facts.append(f"keeps {kept:.1f} % of the teacher's accuracy with {size} parameters")
-    return f"The distilled student {' and '.join(facts) or f'is right on {100 * distilled:.1f} % of the test set'}."
+    return _kind(results).headline(results)
 
 
-def caveat(results: Mapping[str, Any], test_examples: int) -> str:
-    """How small a difference between the two students says nothing; empty without both of them."""
-    arms = results["arms"]
-    if not {"student_alone", "student_distilled"} <= set(arms):
-        return ""
-    alone, distilled = (arms[name]["test"]["accuracy"] for name in ("student_alone", "student_distilled"))
-    noise = noise_points([alone, distilled], test_examples)
-    return (
-        f"One seed, {test_examples:,} test examples: differences below about {noise:.1f} points "
-        f"(two binomial standard errors) are noise{', as this one is' if 100 * abs(distilled - alone) < noise else ''}."
-    )
+def caveat(results: Mapping[str, Any], test_examples: int | None = None) -> str:
+    """How small a difference between the two students says nothing; empty without both of them.
+
+    ``test_examples`` is how many examples a classification run was scored on; without it nothing is said of one.
+    """
+    return _kind(results).caveat(results, test_examples)
 
 
 def chain_sentence(results: Mapping[str, Any]) -> str:
@@ -259,30 +291,15 @@ def link_label(link: Mapping[str, Any]) -> str:
 
 
 def verdict(results: Mapping[str, Any], test_examples: int | None = None) -> str:
-    """The headline, the chain if there is one and, if the size of the test set is given, the caveat."""
-    sentences = [headline(results), chain_sentence(results), caveat(results, test_examples) if test_examples else ""]
+    """The headline, the chain if there is one, and the caveat."""
+    sentences = [headline(results), chain_sentence(results), caveat(results, test_examples)]
     return " ".join(filter(None, sentences))
 
 
 def rows(results: Mapping[str, Any]) -> list[tuple[str, list[str]]]:
     """The table of a run: one row per quantity, one text per arm in the order of ``results["arms"]``."""
     arms = list(results["arms"].values())
-    speed = lambda arm: "loaded" if arm["examples_per_s"] is None else f"{arm['examples_per_s']:,.0f}"
-    columns: dict[str, Callable[[Any], str]] = {
-        "parameters": lambda arm: f"{arm['params']:,}",
-        "weights": lambda arm: bytes_text(arm["weights_bytes"]),
-        "accuracy %": lambda arm: f"{100 * arm['test']['accuracy']:.2f}",
-        "macro F1": lambda arm: f"{arm['test']['macro_f1']:.4f}",
-        "NLL (nats)": lambda arm: f"{arm['test']['nll']:.4f}",
-        "ECE": lambda arm: f"{arm['test']['ece']:.4f}",
-        "agrees with teacher %": lambda arm: f"{100 * arm['fidelity']['agreement']:.2f}",
-        "KL(teacher ‖ arm) (nats)": lambda arm: f"{arm['fidelity']['kl']:.4f}",
-        "latency p50 (ms)": lambda arm: f"{arm['latency_ms']['p50']:.3g}",
-        "latency p99 (ms)": lambda arm: f"{arm['latency_ms']['p99']:.3g}",
-        "updates": lambda arm: f"{arm['steps']:,}",
-        "training examples/s": speed,
-    }
-    return [(label, [text(arm) for arm in arms]) for label, text in columns.items()]
+    return [(label, [text(arm) for arm in arms]) for label, text in _kind(results).columns.items()]
 
 
 def table(results: Mapping[str, Any], test_examples: int | None = None) -> Table:
@@ -296,12 +313,16 @@ def table(results: Mapping[str, Any], test_examples: int | None = None) -> Table
     return shown
 
 
-def _share(part: int, whole: int) -> str:
+def share_text(part: int, whole: int) -> str:
+    """A count as a share of another for a person: (100, 1200) -> "1/12 of"; "1.1 times" where it is no fraction."""
     ratio = whole / max(part, 1)
-    return f"1/{ratio:.0f} of its" if ratio >= 1.5 else f"{part / max(whole, 1):.2g} times its"
+    return f"1/{ratio:.0f} of" if ratio >= 1.5 else f"{part / max(whole, 1):.2g} times"
 
 
 # --------------------------------------------------------------------------------------------------- the contract
+
+FIDELITY = {"agreement": 1.0, "kl": math.inf}  # parts of every arm: key -> the highest value that it can have
+LATENCY = {"p50": math.inf, "p99": math.inf}
 
 
 def wrong(path: str, expected: str, value: Any) -> UserError:
@@ -349,38 +370,15 @@ def check_environment(path: str, value: Any) -> None:
         raise wrong(f"{path}.packages", "an object of versions", value["packages"])
 
 
-_PARTS = {
-    "test": ("accuracy", "macro_f1", "nll", "ece"),
-    "fidelity": ("agreement", "kl"),
-    "latency_ms": ("p50", "p99"),
-}
-
-
-def _arm(path: str, arm: Any) -> None:
-    counts = ("params", "weights_bytes", "steps")
-    check_keys(path, arm, {*counts, "examples_per_s", "params_sha256", *_PARTS})
-    _measured(path, arm, counts, tuple(_PARTS))
-    if arm["examples_per_s"] is not None:
-        check_number(f"{path}.examples_per_s", arm["examples_per_s"])
-    check_sha256(f"{path}.params_sha256", arm["params_sha256"])
-
-
-def _link(path: str, link: Any) -> None:
-    counts, parts = ("params", "steps"), ("test", "fidelity")
-    check_keys(path, link, {"name", *counts, *parts})
-    if not isinstance(link["name"], str):
-        raise wrong(f"{path}.name", "a string", link["name"])
-    _measured(path, link, counts, parts)
-
-
-def _measured(path: str, entry: Mapping[str, Any], counts: Sequence[str], parts: Sequence[str]) -> None:
-    """The counts and the parts with measured numbers that an arm or a link has."""
+def check_measured(
+    path: str, entry: Mapping[str, Any], counts: Iterable[str], parts: Mapping[str, Mapping[str, float]]
+) -> None:
+    """Whole numbers under the keys ``counts``, and objects of numbers: ``parts`` has their keys, each with a limit."""
     for key in counts:
         check_number(f"{path}.{key}", entry[key], whole=True)
-    for part in parts:
-        check_keys(f"{path}.{part}", entry[part], set(_PARTS[part]))
-        for key in _PARTS[part]:
-            high = 1.0 if key in ("accuracy", "macro_f1", "ece", "agreement") else math.inf
+    for part, limits in parts.items():
+        check_keys(f"{path}.{part}", entry[part], set(limits))
+        for key, high in limits.items():
             check_number(f"{path}.{part}.{key}", entry[part][key], high)
 
 

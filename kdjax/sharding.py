@@ -13,15 +13,17 @@ from kdjax.errors import UserError, unknown
 from kdjax.model import path_name
 
 Rules = Sequence[tuple[str, str]]
-TACTICS = ("replicate", "fsdp")
+TACTICS = ("replicate", "fsdp", "tensor:DIMENSION", "tensor:DIMENSION+fsdp")
 MEMBERS = "members"  # the mesh axis over which a population is split
+TENSOR = "tensor"  # the mesh axis over which single products are split; it sees the same batch
+_TACTIC = re.compile(r"(replicate|fsdp|tensor:(-?\d)(\+fsdp)?)")
 _SMALLEST_SHARDED = 2**14  # elements; a smaller array costs more to gather than to keep
 
 
 def make_mesh(axes: Mapping[str, int]) -> Mesh:
     """The device mesh, such as ``{"data": -1, "fsdp": 1}``; one axis may be -1 for all devices that are left.
 
-    Batches are split over every axis; parameters over ``fsdp``, where a rule says so.
+    Batches are split over every axis but ``tensor``; parameters over ``fsdp`` and ``tensor``, where a rule says so.
 
     Raises:
       UserError: the sizes do not fit the number of devices.
@@ -45,8 +47,18 @@ def make_mesh(axes: Mapping[str, int]) -> Mesh:
 
 
 def over_batch(mesh: Mesh) -> NamedSharding:
-    """Splits the leading dimension over every axis of the mesh, but that of a population."""
-    return NamedSharding(mesh, PartitionSpec(tuple(name for name in mesh.axis_names if name != MEMBERS)))
+    """Splits the leading dimension over every axis of the mesh, but those of a population and of single products."""
+    return NamedSharding(mesh, PartitionSpec(batch_axes(mesh)))
+
+
+def batch_axes(mesh: Mesh) -> tuple[str, ...]:
+    """The axes over which a batch is split."""
+    return tuple(name for name in mesh.axis_names if name not in (MEMBERS, TENSOR))
+
+
+def batch_ways(mesh: Mesh) -> int:
+    """In how many parts a batch is split."""
+    return math.prod(mesh.shape[name] for name in batch_axes(mesh))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -59,14 +71,16 @@ def by_rules(tree: Any, mesh: Mesh, rules: Rules, *, members: int = 0) -> Any:
     its path.
 
     ``"replicate"`` keeps a copy on each device; ``"fsdp"`` splits the largest dimension that the ``fsdp`` axis
-    divides. An optimiser's moments carry the path of their parameter, so they follow it. In a population of ``members``
+    divides; ``"tensor:-1"`` splits the last dimension over the ``tensor`` axis, and ``"tensor:-1+fsdp"`` besides the
+    largest of the others over ``fsdp``. What an axis does not divide, or a mesh does not have, stays whole. An
+    optimiser's moments carry the path of their parameter, so they follow it. In a population of ``members``
     the leading dimension is split over the axis ``members``, where the mesh has one, and the rules see the rest.
 
     Raises:
       UserError: an unknown tactic, or a parameter that no rule speaks of.
     """
     for _, tactic in rules:
-        if tactic not in TACTICS:
+        if not _TACTIC.fullmatch(tactic):
             raise unknown("sharding tactic", tactic, TACTICS)
 
     def choose(path: Any, leaf: Any) -> NamedSharding:
@@ -74,7 +88,7 @@ def by_rules(tree: Any, mesh: Mesh, rules: Rules, *, members: int = 0) -> Any:
         for pattern, tactic in rules:
             if re.search(pattern, name):
                 lead = (MEMBERS if MEMBERS in mesh.shape else None,) if members and leaf.ndim else ()
-                spec = _fsdp(leaf.shape[len(lead) :], mesh) if tactic == "fsdp" else PartitionSpec()
+                spec = _spec(tactic, leaf.shape[len(lead) :], mesh)
                 return NamedSharding(mesh, PartitionSpec(*lead, *spec))
         raise UserError(f'no sharding rule speaks of {name}: end the rules with (".*", "replicate").')
 
@@ -89,17 +103,28 @@ def put_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Arra
 
 def check_batch(batch_size: int, mesh: Mesh, accumulate: int = 1, what: str = "data.batch_size") -> None:
     """Raises a UserError where the mesh, times the parts of gradient accumulation, does not divide the global batch."""
-    ways = mesh.size // mesh.shape.get(MEMBERS, 1)
+    ways = batch_ways(mesh)
     if batch_size < 1 or batch_size % (ways * accumulate):
         parts = f" times train.accumulate={accumulate}" if accumulate > 1 else ""
         near = max(round(batch_size / (ways * accumulate)), 1) * ways * accumulate
         raise UserError(f"{what}={batch_size} is not divisible by the mesh's {ways} devices{parts}: try {near}.")
 
 
-def _fsdp(shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
-    ways = mesh.shape.get("fsdp", 1)
-    divisible = [axis for axis, size in enumerate(shape) if size % ways == 0]
-    if ways == 1 or math.prod(shape) < _SMALLEST_SHARDED or not divisible:
+def _spec(tactic: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
+    if tactic == "replicate" or math.prod(shape) < _SMALLEST_SHARDED:
         return PartitionSpec()
-    largest = max(divisible, key=lambda axis: shape[axis])
-    return PartitionSpec(*(("fsdp" if axis == largest else None) for axis in range(len(shape))))
+    axes: list[str | None] = [None] * len(shape)
+    _, number, _ = _TACTIC.fullmatch(tactic).groups()  # type: ignore[union-attr]
+    theirs = None  # the dimension of the tensor axis; fsdp leaves it alone, whether or not the mesh splits it
+    if number and -len(shape) <= int(number) < len(shape):
+        theirs = int(number) % len(shape)
+        ways = mesh.shape.get(TENSOR, 1)
+        if ways > 1 and shape[theirs] % ways == 0:
+            axes[theirs] = TENSOR
+    ways = mesh.shape.get("fsdp", 1)
+    divisible = [axis for axis, size in enumerate(shape) if size % ways == 0 and axis != theirs]
+    if tactic.endswith("fsdp") and ways > 1 and divisible:
+        axes[max(divisible, key=lambda axis: shape[axis])] = "fsdp"
+    while axes and axes[-1] is None:
+        axes.pop()
+    return PartitionSpec(*axes)

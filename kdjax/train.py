@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 from kdjax import sharding, state
 from kdjax.checkpoint import Checkpoints
 from kdjax.errors import UserError
-from kdjax.model import Variables
+from kdjax.model import Params, Variables, first_mismatch
 from kdjax.objective import Objective
 from kdjax.state import TrainState
 from kdjax.step import HPARAMS, Step
@@ -60,6 +60,7 @@ class Arm(NamedTuple):
     rules: sharding.Rules = ((".*", "replicate"),)
     teacher_rules: sharding.Rules = ((".*", "replicate"),)
     members: int = 0  # how many students, each with its share of every metric; 0 for a plain run
+    first: Callable[[], Params] | None = None  # makes the parameters at step 0; those of ``create`` without it
 
 
 class Every(NamedTuple):
@@ -208,9 +209,23 @@ def abstract_state(arm: Arm, mesh: Mesh) -> TrainState:
 
 
 def fresh_state(arm: Arm, mesh: Mesh) -> TrainState:
-    """An arm's state at step 0, born on its shardings."""
+    """An arm's state at step 0, born on its shardings.
+
+    Raises:
+      UserError: the parameters that it is to begin with are not those of its model (names the first).
+    """
     shardings = jax.tree.map(lambda x: x.sharding, abstract_state(arm, mesh))
-    return jax.jit(arm.create, out_shardings=shardings)(arm.keys)
+    fresh = jax.jit(arm.create, out_shardings=shardings)(arm.keys)
+    if arm.first is None:
+        return fresh
+    given = arm.first()
+    difference = first_mismatch(fresh.params, given)
+    if difference:
+        raise UserError(f"{arm.name} cannot begin with the weights that are given: {difference}.")
+    # Copies, since the step donates what it is given and another arm may begin with the same arrays.
+    put = lambda x, sharding: jax.jit(jnp.copy, out_shardings=sharding)(x)
+    params = jax.tree.map(put, given, shardings.params)
+    return fresh._replace(params=params, ema=jax.tree.map(jnp.copy, params) if fresh.ema else fresh.ema)
 
 
 def _start(arm, mesh, checkpoints, meta, say) -> tuple[TrainState, int, "_Clock"]:
@@ -240,8 +255,14 @@ def put_teachers(teacher_variables: Mapping[str, Variables], mesh: Mesh, rules: 
     """Puts the teachers' weights on the mesh, by their own rules."""
     teacher_variables = dict(teacher_variables)
     shardings = sharding.by_rules(teacher_variables, mesh, rules)
-    # From NumPy: device_put of a JAX array over several processes builds a broken one.
-    return jax.tree.map(lambda x, s: jax.device_put(np.asarray(jax.device_get(x)), s), teacher_variables, shardings)
+
+    def put(x: Any, sharding: Any) -> jax.Array:
+        if isinstance(x, jax.Array) and x.sharding == sharding:
+            return x
+        # From NumPy: device_put of a JAX array over several processes builds a broken one.
+        return jax.device_put(np.asarray(jax.device_get(x)), sharding)
+
+    return jax.tree.map(put, teacher_variables, shardings)
 
 
 def _due(done: int, every: int, last: int) -> bool:

@@ -11,6 +11,7 @@ import numpy as np
 from grain.experimental import index_shuffle
 from numpy.typing import NDArray
 
+from kdjax.data.packing import TextSplit
 from kdjax.data.sources import UNLABELLED, Split
 from kdjax.errors import UserError, unknown
 
@@ -19,7 +20,13 @@ _KEYS = ("inputs", "labels", "id", "epoch", "domain", "mask")
 
 
 def train_batches(
-    split: Split, *, batch_size: int, seed: int, start_step: int = 0, process_index: int = 0, process_count: int = 1
+    split: Split | TextSplit,
+    *,
+    batch_size: int,
+    seed: int,
+    start_step: int = 0,
+    process_index: int = 0,
+    process_count: int = 1,
 ) -> Iterator[Batch]:
     """Endless batches of ever reshuffled epochs, from step ``start_step`` on.
 
@@ -35,8 +42,8 @@ def train_batches(
       process_count: into how many equal blocks a batch is cut.
 
     Returns:
-      Batches of ``inputs`` [b, ...] as in the split, ``labels``, ``id`` (index in the split), ``epoch`` and, where the
-      split has it, ``domain``, int32 [b].
+      Batches of the split's arrays by their names (``inputs`` [b, ...], ``labels`` and, where there is one, ``domain``,
+      int32 [b]; those of ``TextSplit`` for text), ``id`` (index in the split) and ``epoch``, int32 [b].
 
     Raises:
       UserError: an empty split, or a batch size that the process count does not divide.
@@ -48,7 +55,7 @@ def train_batches(
     def batches() -> Iterator[Batch]:
         step = start_step
         while True:
-            ids, epochs = order(len(split.labels), seed, step * batch_size + block.start, block.stop - block.start)
+            ids, epochs = order(length(split), seed, step * batch_size + block.start, block.stop - block.start)
             yield gather(split, ids, epochs)
             step += 1
 
@@ -70,7 +77,9 @@ def order(examples: int, seed: int, first: int, count: int) -> tuple[NDArray[np.
     return np.array(ids, np.int32), epochs.astype(np.int32)
 
 
-def eval_batches(split: Split, *, batch_size: int, process_index: int = 0, process_count: int = 1) -> Iterator[Batch]:
+def eval_batches(
+    split: Split | TextSplit, *, batch_size: int, process_index: int = 0, process_count: int = 1
+) -> Iterator[Batch]:
     """The examples once, in order. The last batch is filled up with copies of example 0 whose ``mask`` is 0.
 
     Args and errors are those of ``train_batches``.
@@ -79,7 +88,7 @@ def eval_batches(split: Split, *, batch_size: int, process_index: int = 0, proce
       Batches as those of ``train_batches`` (epoch 0), and ``mask``, float32 [b]: 1 for a real example, 0 for padding.
     """
     block = block_of(split, batch_size, process_index, process_count)
-    examples = len(split.labels)
+    examples = length(split)
 
     def batches() -> Iterator[Batch]:
         for first in range(0, examples, batch_size):
@@ -131,20 +140,25 @@ def from_iterable(iterable: Iterable[Any], *, repeat: bool = False) -> Iterator[
         epoch += 1
 
 
-def block_of(split: Split, batch_size: int, process_index: int, process_count: int) -> slice:
+def length(split: Split | TextSplit) -> int:
+    """The number of examples."""
+    return len(split[0])
+
+
+def block_of(split: Split | TextSplit, batch_size: int, process_index: int, process_count: int) -> slice:
     """The places in a global batch that a process has; errors are those of ``train_batches``."""
-    if not len(split.labels):
+    if not length(split):
         raise UserError("there are no examples to make batches of: the split is empty.")
     if batch_size < 1 or batch_size % process_count:
         raise UserError(f"batch size {batch_size} is not divisible by {process_count} process(es): choose a multiple.")
-    size = batch_size // process_count
-    return slice(process_index * size, (process_index + 1) * size)
+    share = batch_size // process_count
+    return slice(process_index * share, (process_index + 1) * share)
 
 
-def gather(split: Split, ids: NDArray[np.int32], epochs: NDArray[np.int32]) -> Batch:
+def gather(split: Split | TextSplit, ids: NDArray[np.int32], epochs: NDArray[np.int32]) -> Batch:
     """The examples of these ids as a batch; ``ids`` and ``epochs`` are int32 [b]."""
-    batch = {"inputs": split.inputs[ids], "labels": split.labels[ids], "id": ids, "epoch": epochs}
-    return batch if split.domain is None else {**batch, "domain": split.domain[ids]}
+    found = {name: array[ids] for name, array in split._asdict().items() if array is not None}
+    return {**found, "id": ids, "epoch": epochs}
 
 
 def _normalised(raw: Any, number: int, seen: int, epoch: int) -> Batch:

@@ -6,7 +6,9 @@ Arrays: q, k, v are [b, n, t, d] (batch, heads, tokens, width of one head); hidd
 Every loss returns one float32 value per example, [b]: the mean over the real tokens of that example, as the papers
 define it for one sequence, so that neither the length of the padding nor its content changes value or gradient. (Public
 code often divides by the padded length instead, and TinyBERT's also by rows of padding.) An example without a real
-token gives 0. Attention is bidirectional: every real token is a key of every real token.
+token gives 0. Attention is bidirectional,
+every real token a key of every real token, unless `sees` says which keys each query sees (causal attention, packed
+documents): [b, t, t], query before key.
 """
 
 from collections.abc import Sequence
@@ -61,7 +63,7 @@ def attention_scores(q: Array, k: Array, tokens: Array | None = None) -> Array:
     return jnp.einsum("bnqd,bnkd->bnqk", q, k, precision="highest") * q.shape[-1] ** -0.5
 
 
-def attention_maps(q: Array, k: Array, tokens: Array | None = None) -> Array:
+def attention_maps(q: Array, k: Array, tokens: Array | None = None, sees: Array | None = None) -> Array:
     """Attention distributions softmax(q kᵀ / √d) over the real keys: [b, n, t, t] float32.
 
     A padding key has probability 0, and a row whose query is padding is all 0.
@@ -69,11 +71,14 @@ def attention_maps(q: Array, k: Array, tokens: Array | None = None) -> Array:
     Raises:
         UserError: shapes that do not fit.
     """
-    return jnp.where(_pairs(_real(q, tokens)), jnp.exp(_log_maps(q, k, tokens)), 0.0)
+    return jnp.where(_pairs(_real(q, tokens), sees), jnp.exp(_log_maps(q, k, tokens, sees)), 0.0)
 
 
 def tinybert_attention(
-    student: tuple[Array, Array], teacher: tuple[Array, Array], tokens: Array | None = None
+    student: tuple[Array, Array],
+    teacher: tuple[Array, Array],
+    tokens: Array | None = None,
+    sees: Array | None = None,
 ) -> Array:
     """TinyBERT's attention loss: 1/n Σ_heads MSE(A^S, A^T) of unnormalised attention matrices over the real tokens.
 
@@ -81,6 +86,7 @@ def tinybert_attention(
         student: (q, k), each [b, n, t, d_s].
         teacher: (q, k), each [b, n, t, d_t]; the widths may differ, the heads may not.
         tokens: [b, t] or None.
+        sees: [b, t, t] or None.
 
     Returns:
         [b] float32.
@@ -93,8 +99,9 @@ def tinybert_attention(
     """
     _require_same_heads("TinyBERT's attention loss", student, teacher, tokens)
     error = attention_scores(*student, tokens) - attention_scores(*teacher, tokens)
-    entries = error.shape[1] * jnp.square(_count(_real(student[0], tokens)))
-    return jnp.sum(jnp.square(error), axis=(1, 2, 3)) / entries
+    pairs = _pairs(_real(student[0], tokens), sees)
+    entries = error.shape[1] * jnp.maximum(jnp.sum(pairs, axis=(1, 2, 3)), 1).astype(jnp.float32)
+    return jnp.sum(jnp.square(error), axis=(1, 2, 3), where=pairs) / entries
 
 
 def init_tinybert_hidden(
@@ -184,7 +191,10 @@ def distilbert_cosine(student: Array, teacher: Array, tokens: Array | None = Non
 
 
 def minilm(
-    student: tuple[Array, Array, Array], teacher: tuple[Array, Array, Array], tokens: Array | None = None
+    student: tuple[Array, Array, Array],
+    teacher: tuple[Array, Array, Array],
+    tokens: Array | None = None,
+    sees: Array | None = None,
 ) -> Array:
     """MiniLM's deep self-attention distillation: L_AT + L_VR, both means over heads and real positions.
 
@@ -195,6 +205,7 @@ def minilm(
         student: (q, k, v), each [b, n, t, d_s].
         teacher: (q, k, v), each [b, n, t, d_t]; the widths may differ, the heads may not.
         tokens: [b, t] or None.
+        sees: [b, t, t] or None.
 
     Returns:
         [b] float32, in nats.
@@ -206,14 +217,15 @@ def minilm(
     """
     _require_same_heads("MiniLM", student, teacher, tokens)
     (q_s, k_s, v_s), (q_t, k_t, v_t) = student, teacher
-    attention = _relation_kl((q_s, k_s), (q_t, k_t), tokens)
-    return attention + _relation_kl((v_s, v_s), (v_t, v_t), tokens)
+    attention = _relation_kl((q_s, k_s), (q_t, k_t), tokens, sees)
+    return attention + _relation_kl((v_s, v_s), (v_t, v_t), tokens, sees)
 
 
 def minilmv2(
     student: tuple[Array, Array, Array],
     teacher: tuple[Array, Array, Array],
     tokens: Array | None = None,
+    sees: Array | None = None,
     *,
     relation_heads: int,
     query_weight: Scalar = 1.0,
@@ -229,6 +241,7 @@ def minilmv2(
     Args:
         student, teacher: (q, k, v), each [b, n_s, t, d_s] and [b, n_t, t, d_t].
         tokens: [b, t] or None.
+        sees: [b, t, t] or None.
         relation_heads: divides n_s d_s and n_t d_t; static.
         query_weight, key_weight, value_weight: of the q-q, k-k and v-v relations.
 
@@ -244,7 +257,7 @@ def minilmv2(
     for a_s, a_t, weight in zip(student, teacher, (query_weight, key_weight, value_weight), strict=True):
         r_s, r_t = _relation_heads("student", a_s, relation_heads), _relation_heads("teacher", a_t, relation_heads)
         _require_same_heads("MiniLMv2", (r_s,), (r_t,), tokens)
-        loss = loss + weight * _relation_kl((r_s, r_s), (r_t, r_t), tokens)
+        loss = loss + weight * _relation_kl((r_s, r_s), (r_t, r_t), tokens, sees)
     return loss
 
 
@@ -311,17 +324,20 @@ def mix_layers(weights_logits: Array, per_pair: Array) -> Array:
     return jnp.sum(weights[..., None] * per_pair.astype(jnp.float32), axis=(0, 1)) / len(weights)
 
 
-def _relation_kl(student: tuple[Array, Array], teacher: tuple[Array, Array], tokens: Array | None) -> Array:
+def _relation_kl(
+    student: tuple[Array, Array], teacher: tuple[Array, Array], tokens: Array | None, sees: Array | None
+) -> Array:
     """KL between the attention maps of two pairs (a, c) of one number of heads: mean over heads and real queries."""
-    log_s, log_t = _log_maps(*student, tokens), _log_maps(*teacher, tokens)
+    log_s, log_t = _log_maps(*student, tokens, sees), _log_maps(*teacher, tokens, sees)
     real = _real(student[0], tokens)
-    divergence = jnp.sum(jnp.exp(log_t) * (log_t - log_s), axis=(1, 2, 3), where=_pairs(real))
+    divergence = jnp.sum(jnp.exp(log_t) * (log_t - log_s), axis=(1, 2, 3), where=_pairs(real, sees))
     return divergence / (log_s.shape[1] * _count(real))
 
 
-def _log_maps(q: Array, k: Array, tokens: Array | None) -> Array:
-    """log softmax over the real keys, [b, n, t, t]; finite everywhere, of no meaning where a token is padding."""
+def _log_maps(q: Array, k: Array, tokens: Array | None, sees: Array | None) -> Array:
+    """log softmax over the keys in sight, [b, n, t, t]; finite everywhere, of no meaning where a token is padding."""
     keys = _real(k, tokens)[:, None, None]
+    keys = keys if sees is None else keys & sees.astype(jnp.bool_)[:, None]
     return jax.nn.log_softmax(jnp.where(keys, attention_scores(q, k, tokens), _NOWHERE), axis=-1)
 
 
@@ -343,9 +359,10 @@ def _real(x: Array, tokens: Array | None) -> Array:
     return jnp.ones((x.shape[0], x.shape[-2]), jnp.bool_) if tokens is None else tokens.astype(jnp.bool_)
 
 
-def _pairs(real: Array) -> Array:
-    """Which (query, key) are both real, bool [b, 1, t, t]."""
-    return real[:, None, :, None] & real[:, None, None, :]
+def _pairs(real: Array, sees: Array | None = None) -> Array:
+    """Which (query, key) are both real, and in sight of each other, bool [b, 1, t, t]."""
+    pairs = real[:, None, :, None] & real[:, None, None, :]
+    return pairs if sees is None else pairs & sees.astype(jnp.bool_)[:, None]
 
 
 def _without_padding(x: Array, real: Array) -> Array:

@@ -1,5 +1,5 @@
-"""``kdjax bench``: measurements that anyone can repeat: the step, what a population saves and what taps cost, several
-seeds, a class that was never seen."""
+"""``kdjax bench``: measurements that anyone can repeat: the step, the loss over a large vocabulary, what a population
+and a cache save and what taps cost, several seeds, a class that was never seen."""
 
 import contextlib
 import json
@@ -18,7 +18,7 @@ from kdjax import build, results
 from kdjax import config as configs
 from kdjax.errors import UserError, unknown
 from kdjax.experiment import ALONE, DISTILLED, MAIN, STUDENTS
-from kdjax.recipes import bench_population, bench_step, bench_taps, distill
+from kdjax.recipes import bench_loss, bench_population, bench_signals, bench_step, bench_taps, distill
 from kdjax.statistics import mean_and_sd, mean_interval
 from kdjax.tasks import classification
 from kdjax.writers import write_atomic
@@ -35,21 +35,23 @@ class Found(NamedTuple):
     table: Table
 
 
-def run(
-    name: str, config: ConfigDict, *, workdir: Path, seeds: int | None = None, json_output: bool = False
-) -> dict[str, Any]:
+def run(name: str, config: ConfigDict, *, workdir: Path, json_output: bool = False, **sizes: int) -> dict[str, Any]:
     """Runs the benchmark ``name`` of :data:`BENCHMARKS`, prints a table or one JSON object, and returns its values.
 
-    ``seeds`` is how many runs there are, or how many members a population has; 5 of the ones and 16 of the others
-    unless it is given.
+    ``sizes`` are the benchmark's own: ``seeds`` (runs, or members of a population), ``tokens`` and ``vocab`` (of the
+    loss).
 
     Raises:
-      UserError: an unknown name, or whatever is wrong with the config.
+      UserError: an unknown name, a size that the benchmark does not have, or whatever is wrong with the config.
     """
     if name not in BENCHMARKS:
         raise unknown("benchmark", name, BENCHMARKS)
+    benchmark = BENCHMARKS[name]
+    for size in sizes:
+        if size not in (benchmark.__kwdefaults__ or {}):
+            raise UserError(f"kdjax bench {name} takes no --{size}: leave it out.")
     with contextlib.redirect_stdout(sys.stderr):  # what the runs say, so that stdout holds the result alone
-        found = BENCHMARKS[name](config, Path(workdir), seeds or COUNTS.get(name, SEEDS))
+        found = benchmark(config, Path(workdir), **sizes)
     if json_output:
         print(json.dumps(found.values, indent=2, allow_nan=False))
     else:
@@ -57,23 +59,32 @@ def run(
     return found.values
 
 
-def step(config: ConfigDict, workdir: Path, seeds: int) -> Found:
+def step(config: ConfigDict, workdir: Path) -> Found:
     """The compiled step; see ``bench_step.measure``. Leaves nothing in ``workdir``."""
-    del workdir, seeds
     values = bench_step.measure(config)
     return Found(values, bench_step.table(values))
 
 
-def population(config: ConfigDict, workdir: Path, seeds: int) -> Found:
+def loss(config: ConfigDict, workdir: Path, *, tokens: int = 4096, vocab: int = 32768) -> Found:
+    """The loss over a large vocabulary; see ``bench_loss.measure``. Reads nothing of the config."""
+    values = bench_loss.measure(tokens, vocab)
+    return Found(values, bench_step.table(values, bench_loss.MEANING))
+
+
+def signals(config: ConfigDict, workdir: Path) -> Found:
+    """The step from a cache; see ``bench_signals.measure``. Leaves nothing in ``workdir``."""
+    values = bench_signals.measure(config)
+    return Found(values, bench_step.table(values, bench_signals.MEANING))
+
+
+def population(config: ConfigDict, workdir: Path, *, seeds: int = bench_population.MEMBERS) -> Found:
     """``seeds`` students beside one teacher; see ``bench_population.measure``. Leaves nothing in ``workdir``."""
-    del workdir
     values = bench_population.measure(config, seeds)
     return Found(values, bench_step.table(values, bench_population.MEANING))
 
 
-def taps(config: ConfigDict, workdir: Path, seeds: int) -> Found:
+def taps(config: ConfigDict, workdir: Path) -> Found:
     """What feature terms cost; see ``bench_taps.measure``. Leaves nothing in ``workdir``."""
-    del workdir, seeds
     values = bench_taps.measure(config)
     return Found(values, bench_taps.table(values))
 
@@ -81,7 +92,7 @@ def taps(config: ConfigDict, workdir: Path, seeds: int) -> Found:
 # ------------------------------------------------------------------------------------------------------- several seeds
 
 
-def seeds(config: ConfigDict, workdir: Path, seeds: int) -> Found:
+def seeds(config: ConfigDict, workdir: Path, *, seeds: int = SEEDS) -> Found:
     """All three arms for seeds 0 to ``seeds`` - 1, each in ``workdir/seed-i``, and what they say together.
 
     A finished seed is loaded and not trained again. The interval of distilled - alone is Student's t over the paired
@@ -127,7 +138,7 @@ def _seeds_table(values: Mapping[str, Any]) -> Table:
 # ------------------------------------------------------------------------------------------------------ a class unseen
 
 
-def omitted(config: ConfigDict, workdir: Path, seeds: int) -> Found:
+def omitted(config: ConfigDict, workdir: Path, *, seeds: int = SEEDS) -> Found:
     """How well a student knows a class of which it never saw an example, from soft targets alone.
 
     Hinton et al. 2015, section 3: the student is distilled at a high temperature on images without the class. It gives
@@ -263,11 +274,12 @@ def _write(path: Path, values: Mapping[str, Any]) -> None:
         raise UserError(f"cannot write {path}: {error.strerror}; choose another --workdir.") from error
 
 
-BENCHMARKS: dict[str, Callable[[ConfigDict, Path, int], Found]] = {
+BENCHMARKS: dict[str, Callable[..., Found]] = {
     "step": step,
+    "loss": loss,
+    "signals": signals,
     "population": population,
     "taps": taps,
     "seeds": seeds,
     "omitted": omitted,
 }
-COUNTS = {"population": bench_population.MEMBERS}  # of those that do not repeat a run for SEEDS seeds

@@ -20,7 +20,6 @@ from kdjax.model import Array, Model, Outputs, Variables
 from kdjax.objective import Batch
 from kdjax.recipes import difficulty, program
 from kdjax.state import TrainState, inference_variables
-from kdjax.tasks import classification
 
 SECONDS = 20.0  # of each timed comparison, unless the fewest rounds take longer
 FEWEST, MOST = 15, 300  # rounds
@@ -135,7 +134,7 @@ def parts(bench: Bench) -> tuple[Any, Any, Batch]:
     does the preprocessing. Together they do what the fused step does, no more and no less.
     """
     experiment = bench.experiment
-    preprocess = classification.make_preprocess(experiment.dataset, experiment.config.data.augment.to_dict())
+    preprocess = experiment.task.make_preprocess(experiment.dataset, experiment.config.data.augment.to_dict())
     state = bench.state()
     seen = jax.jit(preprocess)(bench.batch, state.view_key)
     goal = bench.arm.stages[0].objective
@@ -246,7 +245,7 @@ def _forward(
 
 def _forward_flops(bench: Bench, models: Mapping[str, Model], variables: Mapping[str, Variables]) -> float:
     """FLOPs over all devices of a batch's forward pass, at inference: the least that it can take."""
-    normalise = classification.make_normalise(bench.experiment.dataset)
+    normalise = bench.experiment.task.make_normalise(bench.experiment.dataset)
     forward = jax.jit(_forward(models))
     compiled = forward.lower(variables, jax.jit(normalise)(bench.batch)).compile()
     return program.flops(compiled) * bench.experiment.mesh.size

@@ -27,7 +27,7 @@ from kdjax.data.sources import Split
 from kdjax.errors import UserError
 from kdjax.experiment import ALONE, DISTILLED, Experiment
 from kdjax.model import Variables, parameter_count
-from kdjax.recipes import difficulty, distill, methods, population, program
+from kdjax.recipes import difficulty, distill, methods, population, program, score_classification
 from kdjax.state import inference_variables
 from kdjax.tasks import classification
 from kdjax.writers import JsonlWriter, write_atomic
@@ -225,7 +225,7 @@ def _teacher_logits(experiment: Experiment, teachers: Mapping[str, Variables], s
     """What the teachers say together of a split."""
     size = experiment.config.data.eval_batch_size
     of = lambda name: classification.make_score(experiment.teachers[name], experiment.dataset, experiment.mesh, size)
-    return distill.combined(experiment, {name: of(name)(teachers[name], split) for name in teachers})
+    return score_classification.combined(experiment, {name: of(name)(teachers[name], split) for name in teachers})
 
 
 # ---------------------------------------------------------------------------------------------------------- tuning

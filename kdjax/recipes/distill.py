@@ -5,46 +5,35 @@ Between the teacher and the distilled student there may be links, assistants or 
 
 import contextlib
 import fcntl
+import functools
 import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 from ml_collections import ConfigDict
 
-from kdjax import build, checkpoint, metrics, objective, report, results, train, weighting
+from kdjax import build, checkpoint, results, train
 from kdjax import config as configs
 from kdjax import experiment as experiments
 from kdjax.errors import UserError, unknown
 from kdjax.experiment import ALONE, DISTILLED, MAIN, STUDENTS, Experiment
-from kdjax.model import Variables
-from kdjax.recipes import difficulty
+from kdjax.model import Params
+from kdjax.recipes import difficulty, score_classification, score_language
+from kdjax.recipes.arms import Outcome, Trained
 from kdjax.state import inference_variables
-from kdjax.step import make_predict
-from kdjax.tasks import classification
-from kdjax.writers import JsonlWriter, TensorBoardWriter, read_jsonl, write_atomic
+from kdjax.tasks import language
+from kdjax.writers import JsonlWriter, TensorBoardWriter, write_atomic
 
 Say = Callable[[str], None]
-
-
-class Trained(NamedTuple):
-    """A model at its last step: weights to evaluate, steps done, and its speed (``None`` if not trained here)."""
-
-    variables: Variables
-    steps: int
-    examples_per_s: float | None
-
-
-class Outcome(NamedTuple):
-    """What ``results.json`` holds, and on how many test examples it was measured."""
-
-    results: dict[str, Any]
-    test_examples: int
+# Scores all arms on the whole test set and writes results.json and report.html.
+SCORERS: dict[str, Callable[[Experiment, Path, dict[str, Trained]], Outcome]] = {
+    "classification": score_classification.run,
+    "language": score_language.run,
+}
 
 
 def run(config: ConfigDict, workdir: Path, *, say: Say = print) -> Outcome:
@@ -65,8 +54,12 @@ def run_one(config: ConfigDict, workdir: Path, arm: str, *, say: Say = print) ->
         raise unknown("arm", arm, experiment.arms)
     with claimed(workdir, experiment.config):
         _check_disk(experiment, workdir, (arm,))
+        first = None
+        if arm in STUDENTS and experiment.config.student.init:
+            asks = experiment.config.student.init == language.FROM_TEACHER
+            first = first_weights(experiment, obtain_teachers(experiment, workdir, say=say) if asks else {})
         experiment, teachers = obtain_teachers_of(experiment, arm, workdir, say=say)
-        return train_arm(experiment, arm, workdir, teachers=teachers, say=say)
+        return train_arm(experiment, arm, workdir, teachers=teachers, first=first, say=say)
 
 
 def evaluate(config: ConfigDict, workdir: Path, *, say: Say = print) -> Outcome:
@@ -83,9 +76,11 @@ def _all_arms(experiment: Experiment, workdir: Path, say: Say) -> Outcome:
     """Trains what is not finished and loads what is, then scores and reports."""
     links = [name for name in experiment.links if name != DISTILLED]
     experiment, done = _obtain(experiment, links, workdir, say)
+    first = first_weights(experiment, done)
     for name in STUDENTS:
-        done[name] = train_arm(experiment, name, workdir, teachers=taught_by(experiment, name, done), say=say)
-    return score_and_report(experiment, workdir, done)
+        taught = taught_by(experiment, name, done)
+        done[name] = train_arm(experiment, name, workdir, teachers=taught, first=first, say=say)
+    return SCORERS[experiment.config.task](experiment, workdir, done)
 
 
 def saved_config(workdir: Path) -> ConfigDict:
@@ -185,20 +180,38 @@ def taught_by(experiment: Experiment, name: str, done: dict[str, Trained]) -> di
     return {}
 
 
+def first_weights(experiment: Experiment, done: dict[str, Trained]) -> Callable[[], Params] | None:
+    """What makes the parameters that both students begin with, where the config names some: ``student.init``."""
+    config = experiment.config
+    if not config.student.init:
+        return None
+    weights = lambda: done[MAIN].variables
+    # Both students take copies of the same arrays.
+    return functools.cache(lambda: language.first_weights(config, experiment.dataset, experiment.mesh, weights))
+
+
 def train_arm(
-    experiment: Experiment, name: str, workdir: Path, *, teachers: dict[str, Trained], say: Say = print
+    experiment: Experiment,
+    name: str,
+    workdir: Path,
+    *,
+    teachers: dict[str, Trained],
+    first: Callable[[], Params] | None = None,
+    say: Say = print,
 ) -> Trained:
-    """Trains an arm to its last step, or loads it where it is there already; ``teachers`` are the arm's own."""
+    """Trains an arm to its last step, or loads it where it is there already; ``teachers`` are the arm's own, ``first``
+    makes the parameters that it begins with, random ones without it."""
     config = experiment.config
     taught = {key: value.variables for key, value in teachers.items()}
-    arm = build.make_arm(experiment, name, taught)
-    model = experiments.model_of(experiment, name)
-    score = classification.make_score(model, experiment.dataset, experiment.mesh, config.data.eval_batch_size)
-    test = experiment.dataset.test
-    accuracy = lambda variables: metrics.classification(score(variables, test), test.labels)["accuracy"]
     meta: dict[str, Any] = {"arm": name, "config_sha256": experiment.config_sha256}
     if taught:
         meta["teacher_sha256"] = {key: checkpoint.digest(variables) for key, variables in taught.items()}
+    if taught and name == DISTILLED and experiment.signals:
+        language.check_cache(experiment.signals, experiment.dataset, meta["teacher_sha256"][MAIN])
+        taught = {MAIN: language.NO_WEIGHTS}
+    arm = build.make_arm(experiment, name, taught)._replace(first=first)
+    model = experiments.model_of(experiment, name)
+    accuracy = experiment.task.make_accuracy(model, experiment.dataset, experiment.mesh, config.data.eval_batch_size)
     every = train.Every(config.log.every, config.log.eval_every, config.checkpoint.every, config.train.stop_on_nan)
     folder = Path(workdir) / "checkpoints" / name
     with (
@@ -229,95 +242,6 @@ def _writers(config: ConfigDict, workdir: Path) -> Iterator[list[Any]]:
                 opened.append(TensorBoardWriter(workdir / "tensorboard"))
                 stack.callback(opened[-1].close)
         yield opened
-
-
-def score_and_report(experiment: Experiment, workdir: Path, done: dict[str, Trained]) -> Outcome:
-    """Scores every arm on the whole test set, and writes ``results.json`` and ``report.html``."""
-    config, dataset = experiment.config, experiment.dataset
-    models = {name: experiments.model_of(experiment, name) for name in done}
-    logits = {
-        name: classification.make_score(models[name], dataset, experiment.mesh, config.data.eval_batch_size)(
-            trained.variables, dataset.test
-        )
-        for name, trained in done.items()
-    }
-    teachers = {name: done[name] for name in experiment.teachers}
-    reference = combined(experiment, {name: logits[name] for name in teachers})
-    predictions = {MAIN: reference, **{name: logits[name] for name in STUDENTS}}
-    arms = {}
-    for name, trained in {MAIN: _whole(teachers), **{name: done[name] for name in STUDENTS}}.items():
-        members = {key: teachers[key].variables for key in teachers} if name == MAIN else {name: trained.variables}
-        arms[name] = results.arm_result(
-            variables=trained.variables,
-            steps=trained.steps,
-            examples_per_s=trained.examples_per_s,
-            logits=predictions[name],
-            teacher_logits=reference,
-            labels=dataset.test.labels,
-            latency_ms=_latency(experiment, models, members),
-            params_sha256=checkpoint.digest(trained.variables),
-        )
-    chain = [
-        results.link_result(
-            name=name,
-            variables=done[name].variables,
-            steps=done[name].steps,
-            logits=logits[name],
-            teacher_logits=reference,
-            labels=dataset.test.labels,
-        )
-        for name in experiment.links
-        if name != DISTILLED
-    ]
-    found = results.build(config_sha256=experiment.config_sha256, seed=config.seed, arms=arms, chain=chain)
-    if jax.process_index() == 0:
-        results.write(Path(workdir) / "results.json", found)
-        report.write(
-            Path(workdir) / "report.html",
-            results=found,
-            config=config.to_dict(),
-            history=read_jsonl(Path(workdir) / "metrics.jsonl"),
-            predictions=predictions,
-            labels=dataset.test.labels,
-            class_names=dataset.class_names,
-        )
-    return Outcome(found, len(dataset.test.labels))
-
-
-def combined(experiment: Experiment, logits: dict[str, np.ndarray]) -> np.ndarray:
-    """What several teachers say together, as the objective combines them at T = 1."""
-    if len(logits) == 1:
-        return logits[MAIN]
-    how = experiment.config.teacher.combine
-    weights: list[Any] = [experiments.member(experiment.config, name).weight for name in logits]
-    if how == "routed":
-        weights = list(weighting.routed_shares(len(logits), jnp.asarray(experiment.dataset.test.domain)))
-    # Confidence is in the label, which nobody knows here: those teachers count as their weights say.
-    together = objective.combine_teachers(
-        [*map(jnp.asarray, logits.values())], weights, "logits" if how == "logits" else "probabilities"
-    )
-    return np.asarray(jax.device_get(together))
-
-
-def _whole(teachers: dict[str, Trained]) -> Trained:
-    """Several teachers as the one that the table shows: all weights, all steps."""
-    if len(teachers) == 1:
-        return teachers[MAIN]
-    parts = {
-        part: {name: teacher.variables[part] for name, teacher in teachers.items()} for part in ("params", "state")
-    }
-    return Trained(parts, sum(teacher.steps for teacher in teachers.values()), None)
-
-
-def _latency(experiment: Experiment, models: dict[str, Any], variables: dict[str, Variables]) -> dict[str, float]:
-    """Milliseconds of one call with one example on one device; several teachers are run one after the other."""
-    normalise = classification.make_normalise(experiment.dataset)
-    device = jax.local_devices()[0]
-    weights = jax.device_put(jax.device_get(variables), device)
-    predicts = {name: make_predict(models[name], normalise) for name in variables}
-    together = jax.jit(lambda weights, inputs: [predicts[name](weights[name], {"inputs": inputs}) for name in predicts])
-    example = jax.device_put(experiment.dataset.test.inputs[:1], device)
-    return results.latency(lambda inputs: together(weights, inputs), example)
 
 
 def _check_disk(experiment: Experiment, workdir: Path, arms: Sequence[str]) -> None:

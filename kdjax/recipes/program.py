@@ -10,6 +10,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from kdjax import build, sharding, train
+from kdjax import experiment as experiments
 from kdjax.experiment import Experiment
 from kdjax.model import Variables
 
@@ -62,7 +63,9 @@ def in_one_part(experiment: Experiment) -> Experiment:
 
 def abstract_teachers(experiment: Experiment) -> dict[str, Variables]:
     """The shapes, dtypes and shardings of all teachers' weights."""
-    shapes = {name: jax.eval_shape(model.init, jax.random.key(0)) for name, model in experiment.teachers.items()}
+    shapes = {
+        name: jax.eval_shape(model.init, jax.random.key(0)) for name, model in experiments.asked(experiment).items()
+    }
     placed = sharding.by_rules(shapes, experiment.mesh, experiment.config.sharding.teacher)
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, placed)
 

@@ -1,0 +1,43 @@
+"""Language models on bytes: a decoder of 3 million parameters teaches one of a tenth of that, on the source text of
+Python's own standard library.
+
+    kdjax distill --config configs/lm_bytes.py
+    kdjax cache --config configs/lm_bytes.py --workdir runs/lm_bytes
+    kdjax distill --config configs/lm_bytes.py --config.teacher.init=runs/lm_bytes \\
+        --config.teacher.cache=runs/lm_bytes/cache --config.losses.kl.weight=0 --config.losses.top_k.weight=0.9
+
+Variants:
+  quick      a few dozen steps of everything, to see that it runs; the numbers mean nothing.
+"""
+
+from ml_collections import ConfigDict
+
+from kdjax import config as configs
+from kdjax.errors import unknown
+
+VARIANTS = ("", "quick")
+
+
+def get_config(arg: str = "") -> ConfigDict:
+    if arg not in VARIANTS:
+        raise unknown("variant of lm_bytes.py", arg, filter(None, VARIANTS))
+    config = configs.default()
+    config.task = "language"
+    config.data.update(name="stdlib", tokeniser="bytes", context=256, batch_size=16, eval_batch_size=32)
+    config.teacher.update(name="decoder", epochs=0, steps=300)
+    config.teacher.options = {"width": 256, "layers": 4, "heads": 4, "mlp_width": 704, "qk_norm": True}
+    config.student.name = "decoder"
+    config.student.options = {"width": 128, "layers": 2, "heads": 4, "mlp_width": 352, "qk_norm": True}
+    config.losses.kl.update(weight=0.9, temperature=1.0)
+    config.losses.ce.weight = 0.1
+    rate = {"schedule": "cosine", "init": 3e-3, "end": 0.0, "warmup_percent": 10.0}
+    config.teacher.optimizer.update(learning_rate=rate, clip_norm=1.0)
+    config.optimizer.update(learning_rate=rate, clip_norm=1.0)
+    config.train.update(epochs=0, steps=500)
+    config.checkpoint.every = 100
+    config.log.update(every=20, eval_every=0)
+    if arg == "quick":
+        config.data.options = {"modules": "a*.py"}
+        config.teacher.steps = 20
+        config.train.steps = 20
+    return config

@@ -1,0 +1,391 @@
+"""Text data sets: documents from files, from JSON lines, from TFDS or from Python itself, as windows of tokens."""
+
+import glob
+import hashlib
+import json
+import os
+import sysconfig
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from kdjax.data import chat, tokenisers
+from kdjax.data.packing import Document, TextSplit, pack, target_mask
+from kdjax.data.tokenisers import Tokeniser
+from kdjax.errors import UserError, unknown
+
+_TEXT, _JSONL, _TFDS = "text:", "jsonl:", "tfds:"
+_PROMPT = 64  # characters of a document without a prompt of its own
+_TOGETHER = 1024  # documents that are tokenised at a time
+
+
+class Source(NamedTuple):
+    """A document before it is tokenised."""
+
+    name: str  # where it is from, for messages
+    text: str
+    spans: chat.Spans | None = None  # characters that are in the loss; None: all
+
+
+class TextDataset(NamedTuple):
+    """Windows of tokens of a language model.
+
+    ``sha256`` is of the tokens, segments and in_loss of both splits: what signals of a teacher depend on.
+    """
+
+    name: str
+    train: TextSplit
+    test: TextSplit
+    tokeniser: Tokeniser
+    context: int  # targets that a window has room for
+    sha256: str
+    prompt: str  # for samples: what precedes the loss of the first test document, or its beginning
+    dropped: tuple[int, int] = (0, 0)  # windows of train and test that had no target and were left out
+
+
+def load(config_data: Mapping[str, Any]) -> TextDataset:
+    """Loads the text that ``name`` says, tokenises it and packs it into windows.
+
+    Names and their options:
+
+    * ``stdlib``: the modules of the running Python's standard library, one document each; one in ten, by the digest of
+      its path, is for testing. ``modules``: a glob below the library's folder ("*.py"); ``files``: at most so many, in
+      the order of their names (0: all). Files that are empty or not in UTF-8 are left out.
+    * ``text:GLOB``: each file a document. ``test``: a glob of the files for testing; without it, one in ten by the
+      digest of its name, and of a single file the last tenth, from the next line on that begins there.
+    * ``jsonl:GLOB``: each line a document, an object with a text, with the messages of a conversation (``kdjax.data.
+      chat.conversation``), or with a prompt and a completion, of which the latter is in the loss. ``text``,
+      ``messages``, ``prompt``, ``completion``: the names of these fields; without them, those of these names that the
+      first line has. ``separator``: what is put between prompt and completion (""). ``test``: as above; without it,
+      one line in ten by the digest of its file's name and its number.
+    * ``tfds:NAME``: a set that TFDS has prepared: its splits train and test (or validation). ``text``: the feature.
+
+    All take ``longer``: what is done with documents longer than a window where whole ones are packed, ``refuse`` (the
+    default) or ``cut``.
+
+    A document is the token that the tokeniser puts before texts, if it has one, the text, and the token that ends it,
+    which is in the loss and covers 0 bytes; a text that begins or ends with these tokens does not get them twice.
+
+    Args:
+      config_data: ``name``, ``data_dir`` (of TFDS; and where relative globs begin), ``options``, ``tokeniser``
+        (``bytes`` or a path), ``context`` (targets of a window) and ``packing`` (``split`` or ``whole``).
+
+    Raises:
+      UserError: an unknown name or option, files that are not there, empty or not in UTF-8, lines that are not what
+        they should be, a split without documents, or whatever ``tokenisers.load`` and ``packing.pack`` refuse.
+    """
+    name, data_dir = config_data["name"], config_data.get("data_dir") or ""
+    options = dict(config_data.get("options") or {})
+    longer = options.pop("longer", "refuse")
+    tokeniser = tokenisers.load(config_data["tokeniser"])
+    train, test = _sources(name, data_dir, options, tokeniser)
+    packed = {}
+    for where, sources in (("train", train), ("test", test)):
+        if not sources:
+            raise UserError(
+                f"the {where} split of {name} has no documents: give more of them, or say with data.options.test which "
+                "are for testing."
+            )
+        documents = _documents(sources, tokeniser)
+        try:
+            packed[where] = pack(
+                documents, config_data["context"], config_data["packing"], size=tokeniser.size, longer=longer
+            )
+        except UserError as error:
+            raise UserError(f"the {where} split of {name}: {error}") from error
+    splits = packed["train"][0], packed["test"][0]
+    first = test[0]
+    begins = first.spans[0][0] if first.spans else 0
+    return TextDataset(
+        name=name,
+        train=splits[0],
+        test=splits[1],
+        tokeniser=tokeniser,
+        context=config_data["context"],
+        sha256=_digest(splits),
+        prompt=first.text[: begins or _PROMPT],
+        dropped=(packed["train"][1], packed["test"][1]),
+    )
+
+
+def targets(split: TextSplit) -> int:
+    """How many targets all windows have together."""
+    return int(target_mask(split).sum())
+
+
+def target_bytes(split: TextSplit) -> int:
+    """How many UTF-8 bytes of text the targets cover, by which nats become bits per byte."""
+    return int(split.bytes[:, 1:][target_mask(split)].sum(dtype=np.int64))
+
+
+def _sources(
+    name: str, data_dir: str, options: dict[str, Any], tokeniser: Tokeniser
+) -> tuple[list[Source], list[Source]]:
+    """The documents for training and those for testing."""
+    for prefix, read in _READERS.items():
+        if name == prefix or (prefix.endswith(":") and name.startswith(prefix)):
+            valid = read.__kwdefaults__ or {}
+            for option in options:
+                if option not in valid:
+                    raise unknown(f"option of the text {name}", option, [*valid, "longer"])
+            return read(name, data_dir, tokeniser, **options)
+    raise unknown("text", name, ["stdlib", "text:FILES", "jsonl:FILES", "tfds:NAME"])
+
+
+def _stdlib(
+    name: str, data_dir: str, tokeniser: Tokeniser, *, modules: str = "*.py", files: int = 0
+) -> tuple[list[Source], list[Source]]:
+    root = Path(sysconfig.get_path("stdlib"))
+    if files < 0:
+        raise UserError(f"data.options.files={files}: give how many at most, or 0 for all.")
+    found = sorted(Path(path) for path in glob.glob(os.path.join(glob.escape(str(root)), modules), recursive=True))
+    found = [path for path in found if path.is_file() and path.is_relative_to(root)]
+    # Installed packages lie below the library's folder without being part of it.
+    found = [path for path in found if not {"site-packages", "dist-packages"} & {*path.relative_to(root).parts}]
+    if not found:
+        raise UserError(f"data.options.modules={modules!r} matches no file in {root}: try '*.py'.")
+    sources = []
+    for path in found[: files or None]:
+        try:
+            text = path.read_bytes().decode()
+        except UnicodeDecodeError:
+            continue
+        if text:
+            sources.append(Source(path.relative_to(root).as_posix(), text))
+    return _by_digest(sources)
+
+
+def _text(name: str, data_dir: str, tokeniser: Tokeniser, *, test: str = "") -> tuple[list[Source], list[Source]]:
+    train_files, test_files = _files(name.removeprefix(_TEXT), test, data_dir)
+    train, held_out = (
+        [_filled(Source(str(path), _read(path)), number) for number, path in enumerate(files)]
+        for files in (train_files, test_files)
+    )
+    if test:
+        return train, held_out
+    if len(train) > 1:
+        return _by_digest(train, lambda source: Path(source.name).name)
+    text = train[0].text
+    goal = len(text) * 9 // 10
+    cut = text.find("\n", goal - 1) + 1
+    if not 0 < cut < len(text):
+        cut = text.rfind("\n", 0, goal) + 1
+    if not cut:
+        raise UserError(
+            f"{train[0].name} is one line, of which nothing can be set aside for testing: give files for testing with "
+            "data.options.test."
+        )
+    return [train[0]._replace(text=text[:cut])], [train[0]._replace(text=text[cut:])]
+
+
+def _jsonl(
+    name: str,
+    data_dir: str,
+    tokeniser: Tokeniser,
+    *,
+    text: str = "",
+    messages: str = "",
+    prompt: str = "",
+    completion: str = "",
+    separator: str = "",
+    test: str = "",
+) -> tuple[list[Source], list[Source]]:
+    train_files, test_files = _files(name.removeprefix(_JSONL), test, data_dir)
+    given = {"text": text, "messages": messages, "prompt": prompt, "completion": completion}
+    fields: dict[str, str] = {}
+
+    def read(files: Sequence[Path]) -> Iterator[Source]:
+        number = 0
+        for path in files:
+            for where, line in _lines(path):
+                if not fields:
+                    fields.update(_fields(given, line, where))
+                yield _filled(_from_line(line, where, fields, separator, tokeniser), number)
+                number += 1
+
+    train, held_out = list(read(train_files)), list(read(test_files))
+    return (train, held_out) if test else _by_digest(train, lambda source: Path(source.name).name)
+
+
+def _tfds(name: str, data_dir: str, tokeniser: Tokeniser, *, text: str = "text") -> tuple[list[Source], list[Source]]:
+    import tensorflow_datasets as tfds  # slow to import, and only this source needs it
+
+    short = name.removeprefix(_TFDS)
+    where = f"data_dir={data_dir}" if data_dir else "the default data_dir (set data.data_dir if it lies elsewhere)"
+    try:
+        builder = tfds.builder(short, data_dir=data_dir or None)
+    except tfds.core.DatasetNotFoundError:
+        raise UserError(f"unknown data set {name}: neither tensorflow-datasets nor {where} has {short!r}.") from None
+    remedy = (
+        "prepare it once: pip install 'kdjax[tfds]', then in Python tensorflow_datasets.builder("
+        f"{short!r}, data_dir=..., file_format='array_record').download_and_prepare()"
+    )
+    # Asked first, since reading an absent data set would try to download it.
+    if not builder.info.splits:
+        raise UserError(f"data set {name} is not prepared in {where}; {remedy}.")
+    if text not in builder.info.features:
+        raise unknown(f"feature of {name} (data.options.text)", text, builder.info.features)
+    if not isinstance(builder.info.features[text], tfds.features.Text):
+        raise UserError(f"data.options.text={text!r}: that feature of {name} is not text.")
+    test = next((split for split in ("test", "validation") if split in builder.info.splits), None)
+    if "train" not in builder.info.splits or test is None:
+        raise UserError(f"data set {name} has the splits {', '.join(builder.info.splits)}: train and test are needed.")
+    both = []
+    for split in ("train", test):
+        try:
+            examples = builder.as_data_source(split=split)
+        except NotImplementedError:
+            raise UserError(f"data set {name} in {where} is not in the ArrayRecord format; {remedy}.") from None
+        sources = []
+        for number, example in enumerate(examples):
+            value = example[text]
+            value = _decoded(value, f"{name} {split}:{number}") if isinstance(value, bytes) else str(value)
+            sources.append(_filled(Source(f"{name} {split}:{number}", value), number))
+        both.append(sources)
+    return both[0], both[1]
+
+
+_READERS: dict[str, Callable[..., tuple[list[Source], list[Source]]]] = {
+    "stdlib": _stdlib,
+    _TEXT: _text,
+    _JSONL: _jsonl,
+    _TFDS: _tfds,
+}
+
+
+def _files(pattern: str, test: str, data_dir: str) -> tuple[list[Path], list[Path]]:
+    """The files for training and those for testing, none of which are for training too."""
+
+    def matching(pattern: str, what: str) -> list[Path]:
+        # A pattern that begins at the root of the file system stays as it is.
+        whole = os.path.join(glob.escape(data_dir), pattern)
+        found = sorted(Path(path) for path in glob.glob(whole, recursive=True))
+        found = [path for path in found if path.is_file()]
+        if not found:
+            raise UserError(f"{what}{pattern!r} matches no file in {Path(data_dir).absolute()}: mend the pattern.")
+        return found
+
+    test_files = matching(test, "data.options.test=") if test else []
+    return [path for path in matching(pattern, "data.name: ") if path not in test_files], test_files
+
+
+def _read(path: Path) -> str:
+    return _decoded(path.read_bytes(), str(path))
+
+
+def _decoded(content: bytes, where: str) -> str:
+    try:
+        return content.decode()
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{where} is not UTF-8: byte {error.start} is 0x{content[error.start]:02x}, so convert it first."
+        ) from error
+
+
+def _filled(source: Source, number: int) -> Source:
+    if not source.text:
+        raise UserError(f"document {number} ({source.name}) is empty: leave it out.")
+    return source
+
+
+def _lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Where each line is, and its object; blank lines are passed over."""
+    for number, line in enumerate(_read(path).split("\n"), 1):
+        if not line.strip():
+            continue
+        where = f"{path}:{number}"
+        try:
+            content = json.loads(line)
+        except ValueError as error:
+            raise UserError(f"{where} is not JSON ({error}): write one object per line.") from error
+        if not isinstance(content, dict):
+            raise UserError(f"{where} holds a {type(content).__name__} and not an object: write one object per line.")
+        yield where, content
+
+
+def _fields(given: Mapping[str, str], line: Mapping[str, Any], where: str) -> dict[str, str]:
+    """What the lines hold, "messages", "text", or "prompt" and "completion", and the names of these fields."""
+    kinds: tuple[tuple[str, ...], ...] = (("messages",), ("prompt", "completion"), ("text",))
+    named = {key for key, field in given.items() if field}
+    if named:
+        kinds = tuple(kind for kind in kinds if named <= {*kind})
+        if not kinds:
+            raise UserError(
+                f"data.options name fields of more than one kind ({', '.join(sorted(named))}): name the text, the "
+                "messages, or prompt and completion."
+            )
+        return {key: given[key] or key for key in kinds[0]}
+    for kind in kinds:
+        if line.keys() >= {*kind}:
+            return {key: key for key in kind}
+    raise UserError(
+        f"{where} has the fields {', '.join(line)}, and neither text, nor messages, nor prompt and completion: say "
+        "with data.options (text, messages, or prompt and completion) what they are called."
+    )
+
+
+def _from_line(
+    line: Mapping[str, Any], where: str, fields: Mapping[str, str], separator: str, tokeniser: Tokeniser
+) -> Source:
+    for key, field in fields.items():
+        if field not in line:
+            raise UserError(f"{where} has no field {field!r}: it has {', '.join(line)}.")
+        if key != "messages" and not isinstance(line[field], str):
+            raise UserError(f"the field {field!r} of {where} is a {type(line[field]).__name__} and not text: mend it.")
+    try:
+        if "text" in fields:
+            source = Source(where, line[fields["text"]])
+        elif "messages" in fields:
+            source = Source(where, *chat.conversation(line[fields["messages"]], tokeniser))
+        else:
+            source = Source(where, *chat.pair(line[fields["prompt"]] + separator, line[fields["completion"]]))
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from error
+    try:
+        source.text.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"{where} has half a surrogate pair, {source.text[error.start]!r}, which is no character: mend it."
+        ) from error
+    return source
+
+
+def _by_digest(
+    sources: Sequence[Source], key: Callable[[Source], str] = lambda source: source.name
+) -> tuple[list[Source], list[Source]]:
+    """Nine in ten and one in ten, by a digest of their names, so that others are never moved by what is added."""
+    in_test = [int(hashlib.sha256(key(source).encode()).hexdigest(), 16) % 10 == 0 for source in sources]
+    return (
+        [source for source, held_out in zip(sources, in_test, strict=True) if not held_out],
+        [source for source, held_out in zip(sources, in_test, strict=True) if held_out],
+    )
+
+
+def _documents(sources: Sequence[Source], tokeniser: Tokeniser) -> list[Document]:
+    documents = []
+    for first in range(0, len(sources), _TOGETHER):
+        part = sources[first : first + _TOGETHER]
+        encoded = tokeniser.encode_all([source.text for source in part])
+        for source, tokens in zip(part, encoded, strict=True):
+            wanted = np.ones(len(tokens.ids), bool)
+            if source.spans is not None:
+                wanted = chat.in_spans(tokens.starts, tokens.ends, source.spans)
+            ids, covered = tokens.ids, tokens.bytes
+            # Chat templates may write both tokens themselves.
+            if tokeniser.bos is not None and ids[:1].tolist() != [tokeniser.bos]:
+                ids, covered, wanted = np.r_[tokeniser.bos, ids], np.r_[0, covered], np.r_[False, wanted]
+            if ids[-1:].tolist() != [tokeniser.eos]:
+                ids, covered, wanted = np.r_[ids, tokeniser.eos], np.r_[covered, 0], np.r_[wanted, True]
+            documents.append(Document(source.name, ids.astype(np.int32), wanted, covered.astype(np.int32)))
+    return documents
+
+
+def _digest(splits: Sequence[TextSplit]) -> str:
+    digest = hashlib.sha256()
+    for split in splits:
+        for values in (split.tokens, split.segments, split.in_loss):
+            digest.update(f"{values.dtype} {values.shape}".encode())
+            digest.update(np.ascontiguousarray(values).data)
+    return digest.hexdigest()

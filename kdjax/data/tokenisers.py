@@ -1,0 +1,319 @@
+"""Tokenisers: the bytes themselves, or a ``tokenizer.json``; and the guard that two models speak one vocabulary."""
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kdjax.errors import UserError
+
+BYTES = "bytes"  # the name of the tokeniser that needs no file
+END_OF_TEXT = "<|endoftext|>"
+# Where a folder says its special tokens, the tokeniser's own files before those of the model.
+_BY_TOKEN = ("tokenizer_config.json", "special_tokens_map.json")
+_BY_ID = ("generation_config.json", "config.json")
+
+
+class Encoded(NamedTuple):
+    """The tokens of one text, without any that the text does not say."""
+
+    ids: NDArray[np.int32]  # [n]
+    bytes: NDArray[np.int32]  # [n], how many UTF-8 bytes of the text each covers; their sum is that of the text
+    starts: NDArray[np.int32]  # [n], the first character that each covers
+    ends: NDArray[np.int32]  # [n], the character after the last one
+
+
+class Tokeniser(NamedTuple):
+    """Text to ids and back.
+
+    Tokens that share a character (the bytes of one, for example) all have its place; its bytes are counted once.
+    """
+
+    name: str
+    vocabulary: Mapping[str, int]  # token -> id, special and added tokens included
+    size: int  # the highest id + 1
+    bos: int | None  # what the tokeniser puts before every text; None: nothing
+    eos: int  # what ends a text
+    encode_all: Callable[[Sequence[str]], list[Encoded]]
+    decode: Callable[[Sequence[int]], str]  # invalid UTF-8 becomes U+FFFD, special and unknown ids nothing
+    sha256: str  # of what decides the ids
+    chat_template: str | None = None  # in Jinja
+    special_tokens: Mapping[str, str] = {}  # such as bos_token, by the names that chat templates use
+
+    def encode(self, text: str) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+        """The ids of a text, and how many UTF-8 bytes of it each covers; int32 [n] both."""
+        return self.encode_all([text])[0][:2]
+
+
+def load(place: str | Path) -> Tokeniser:
+    """The tokeniser ``bytes``, or the one of a ``tokenizer.json``, given as this file or as the folder it is in.
+
+    ``bytes`` has the ids 0 to 255 for the bytes and 256 for the end of a text; no text contains the latter. In a
+    ``tokenizer.json`` a special token that a text spells out is that token, as in ``transformers``. Which token ends a
+    text, which one the tokeniser puts first, and the chat template are read from the files beside it:
+    ``tokenizer_config.json``, ``special_tokens_map.json``, ``chat_template.jinja`` and, for the end of a text alone,
+    ``generation_config.json`` and ``config.json``.
+
+    Raises:
+      UserError: no such file, one that cannot be read, no token that ends a text, or the package tokenizers is missing.
+    """
+    if str(place) == BYTES:
+        return _byte_tokeniser()
+    folder = folder_of(place)
+    path = folder / "tokenizer.json" if Path(place).is_dir() else Path(place)
+    if not path.is_file():
+        raise UserError(
+            f"no tokeniser at {place}: give {BYTES!r}, the path of a tokenizer.json, or a folder that has one."
+        )
+    return _from_file(str(place), path, folder)
+
+
+def folder_of(place: str | Path) -> Path:
+    """The folder of the tokeniser at ``place``, which is this folder or a file in it."""
+    return Path(place) if Path(place).is_dir() else Path(place).parent
+
+
+def shared_vocabulary(teacher: Mapping[str, int] | Tokeniser, student: Mapping[str, int] | Tokeniser) -> int:
+    """How many ids, from 0 on, mean the same token to both: all, or those of the smaller, whose ids the larger goes on.
+
+    Vocabularies of one size are not therefore one vocabulary, so that the maps token -> id are compared.
+
+    Raises:
+      UserError: an id below the size of the smaller means different tokens; the lowest such is named.
+    """
+    maps = [whose.vocabulary if isinstance(whose, Tokeniser) else whose for whose in (teacher, student)]
+    shared = min(max(tokens.values(), default=-1) + 1 for tokens in maps)
+    different = [number for _, number in maps[0].items() ^ maps[1].items() if number < shared]
+    if different:
+        lowest = min(different)
+        ours, theirs = (
+            ", ".join(repr(token) for token in sorted(tokens) if tokens[token] == lowest) or "no token"
+            for tokens in maps
+        )
+        raise UserError(
+            f"teacher and student have different vocabularies: id {lowest} is {ours} to the teacher and {theirs} to "
+            "the student, so give both one tokeniser."
+        )
+    return shared
+
+
+def shared_rows(teacher_rows: int, student_rows: int, tokeniser_size: int) -> int:
+    """How many rows of two tables of embeddings, padded differently, count: as many as the tokeniser has ids.
+
+    Raises:
+      UserError: a table has fewer rows than that.
+    """
+    for whose, rows in (("teacher", teacher_rows), ("student", student_rows)):
+        if rows < tokeniser_size:
+            raise UserError(
+                f"the {whose}'s table of embeddings has {rows} rows and the tokeniser {tokeniser_size} ids: give the "
+                f"{whose} at least as many rows, or use the tokeniser that belongs to it."
+            )
+    return tokeniser_size
+
+
+def write_byte_tokeniser(folder: str | Path) -> None:
+    """Writes the tokeniser ``bytes`` as ``transformers.AutoTokenizer`` and ``load`` read it: byte-level BPE, no merges.
+
+    The ids are the same for every text that does not spell out ``<|endoftext|>``, which ``transformers`` takes for the
+    end of a text.
+
+    Args:
+      folder: made where it does not exist; gets ``tokenizer.json`` and ``tokenizer_config.json``.
+
+    Raises:
+      UserError: the package tokenizers is missing.
+    """
+    tokenizers = _tokenizers()
+    characters = _byte_characters()
+    vocabulary = {character: byte for byte, character in enumerate(characters)}
+    tokeniser = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocabulary, merges=[]))
+    tokeniser.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokeniser.decoder = tokenizers.decoders.ByteLevel()
+    tokeniser.add_special_tokens([tokenizers.AddedToken(END_OF_TEXT, special=True, normalized=False)])
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    tokeniser.save(str(folder / "tokenizer.json"))
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "eos_token": END_OF_TEXT,
+        "clean_up_tokenization_spaces": False,
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
+
+
+def _byte_tokeniser() -> Tokeniser:
+    def encode(text: str) -> Encoded:
+        ids = np.frombuffer(text.encode(), np.uint8).astype(np.int32)
+        starts = np.cumsum(ids & 0xC0 != 0x80, dtype=np.int32) - 1  # 10xxxxxx goes on with a character
+        return Encoded(ids, np.ones_like(ids), starts, starts + 1)
+
+    def decode(ids: Sequence[int]) -> str:
+        return bytes(int(number) for number in ids if 0 <= number < 256).decode(errors="replace")
+
+    vocabulary = {token: number for number, token in enumerate([*_byte_characters(), END_OF_TEXT])}
+    return Tokeniser(
+        name=BYTES,
+        vocabulary=vocabulary,
+        size=257,
+        bos=None,
+        eos=256,
+        encode_all=lambda texts: [encode(text) for text in texts],
+        decode=decode,
+        sha256=_digest([BYTES, vocabulary]),
+        special_tokens={"eos_token": END_OF_TEXT},
+    )
+
+
+def _byte_characters() -> list[str]:
+    """The printable character by which byte-level BPE (GPT-2's ``bytes_to_unicode``) writes each byte."""
+    printable = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
+    others = iter(range(256, 512))
+    return [chr(byte) if byte in printable else chr(next(others)) for byte in range(256)]
+
+
+def _from_file(name: str, path: Path, folder: Path) -> Tokeniser:
+    backend = _tokenizers()
+    settings = {file: _json(folder / file) for file in (*_BY_TOKEN, *_BY_ID)}
+    content = _json(path)
+    # A file may say how its last user padded or cut batches; neither belongs to the ids of a text.
+    content = {**content, "truncation": None, "padding": None}
+    try:
+        tokeniser = backend.Tokenizer.from_str(json.dumps(content))
+    except Exception as error:  # tokenizers raises plain Exception
+        raise UserError(f"{path} is not a tokenizer.json that the package tokenizers reads: {error}.") from error
+    vocabulary = tokeniser.get_vocab(with_added_tokens=True)
+    tokens = {id_: token for token, id_ in vocabulary.items()}
+    special = _special_tokens(settings)
+    eos = _end_of_text(special, settings, vocabulary, tokens)
+    if eos is None:
+        raise UserError(
+            f"nothing beside {path} says which token ends a text: name one of its tokens as eos_token in "
+            "tokenizer_config.json."
+        )
+    bos = _first_token(tokeniser, special, settings, vocabulary)
+    special.setdefault("eos_token", tokens[eos])
+    if bos is not None:
+        special.setdefault("bos_token", tokens[bos])
+
+    def encode_all(texts: Sequence[str]) -> list[Encoded]:
+        encodings = tokeniser.encode_batch(list(texts), add_special_tokens=False)
+        return [_encoded(text, encoding) for text, encoding in zip(texts, encodings, strict=True)]
+
+    def decode(ids: Sequence[int]) -> str:
+        return tokeniser.decode([int(number) for number in ids if int(number) in tokens], skip_special_tokens=True)
+
+    return Tokeniser(
+        name=name,
+        vocabulary=vocabulary,
+        size=max(tokens) + 1,
+        bos=bos,
+        eos=eos,
+        encode_all=encode_all,
+        decode=decode,
+        sha256=_digest([content, bos, eos]),
+        chat_template=_chat_template(settings["tokenizer_config.json"], folder),
+        special_tokens=special,
+    )
+
+
+def _encoded(text: str, encoding: Any) -> Encoded:
+    ids = np.array(encoding.ids, np.int32)
+    starts, ends = np.array(encoding.offsets, np.int32).reshape(-1, 2).T
+    sizes = np.frombuffer(text.encode("utf-32-le"), np.uint32)
+    widths = 1 + (sizes >= 0x80).astype(np.int64) + (sizes >= 0x800) + (sizes >= 0x10000)
+    places = np.concatenate([[0], np.cumsum(widths)])
+    # What no token covers, such as white space that a normaliser takes away, counts with the token after it, and at
+    # the end of the text with the last one.
+    until = np.maximum.accumulate(places[ends])
+    if len(until):
+        until[-1] = places[-1]
+    return Encoded(ids, np.diff(until, prepend=0).astype(np.int32), starts, ends)
+
+
+def _special_tokens(settings: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
+    """``eos_token`` and its like, each a string or a dict with its "content"; the first file that has one counts."""
+    found: dict[str, str] = {}
+    for file in _BY_TOKEN:
+        for key, token in settings[file].items():
+            token = token.get("content") if isinstance(token, Mapping) else token
+            if key.endswith("_token") and isinstance(token, str):
+                found.setdefault(key, token)
+    return found
+
+
+def _end_of_text(
+    special: Mapping[str, str],
+    settings: Mapping[str, Mapping[str, Any]],
+    vocabulary: Mapping[str, int],
+    tokens: Mapping[int, str],
+) -> int | None:
+    if special.get("eos_token") in vocabulary:
+        return vocabulary[special["eos_token"]]
+    for file in _BY_ID:
+        given = settings[file].get("eos_token_id")
+        for number in given if isinstance(given, list) else [given]:
+            if number in tokens:
+                return number
+    return None
+
+
+def _first_token(
+    tokeniser: Any,
+    special: Mapping[str, str],
+    settings: Mapping[str, Mapping[str, Any]],
+    vocabulary: Mapping[str, int],
+) -> int | None:
+    """The token that the tokeniser puts before a text.
+
+    Not every model that names a ``bos_token`` was trained with one before its texts (GPT-2 and Qwen were not): what
+    counts is ``add_bos_token`` or, where that is not said, what the tokeniser itself does.
+    """
+    whole = tokeniser.encode("a", add_special_tokens=True)
+    own = whole.ids[0] if whole.special_tokens_mask[:1] == [1] else None
+    if settings["tokenizer_config.json"].get("add_bos_token", own is not None):
+        return vocabulary.get(special.get("bos_token", ""), own)
+    return None
+
+
+def _chat_template(settings: Mapping[str, Any], folder: Path) -> str | None:
+    file = folder / "chat_template.jinja"
+    if file.is_file():
+        return file.read_text(encoding="utf-8")
+    given = settings.get("chat_template")
+    if isinstance(given, list):
+        named = {entry["name"]: entry["template"] for entry in given}
+        return named.get("default")
+    return given
+
+
+def _json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; an empty one where there is no file."""
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON in UTF-8 ({error}): copy it anew.") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds a {type(content).__name__} and not a JSON object: copy it anew.")
+    return content
+
+
+def _digest(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _tokenizers() -> Any:
+    try:
+        import tokenizers
+    except ImportError:
+        raise UserError(
+            "a tokenizer.json is read and written with the package tokenizers, which is missing: "
+            "pip install 'kdjax[text]'."
+        ) from None
+    return tokenizers
