@@ -53,22 +53,13 @@ def page(results: Mapping[str, Any], config: Mapping[str, Any], history: History
 
 
 def visible(text: str) -> str:
-    """Text with every character that a page cannot show, or that would change how the rest is shown, made visible.
+    """Text in which every character that a page cannot show, or that would change how the rest is shown, is a number.
 
-    Line breaks, tabs, spaces and the joiners within words of many scripts stay. Other control characters become their
-    pictures (U+2400 ...); what is a format character, half a surrogate pair, private or not a character becomes its
-    number, such as ``<U+202E>``.
+    Control and format characters, halves of surrogate pairs, and what is private or not a character become ``<U+202E>``
+    and the like; line breaks, tabs, spaces and the two joiners within the words of many scripts stay.
     """
-    return "".join(_visible(character) for character in text)
-
-
-def _visible(character: str) -> str:
-    code = ord(character)
-    if character.isprintable() or character in "\n\t\u200c\u200d" or unicodedata.category(character) == "Zs":
-        return character
-    if code < 0x20 or code == 0x7F:
-        return chr(0x2400 + code) if code < 0x20 else "\u2421"
-    return f"<U+{code:04X}>"
+    shown = lambda c: c.isprintable() or c in "\n\t\u200c\u200d" or unicodedata.category(c) == "Zs"
+    return "".join(c if shown(c) else f"<U+{ord(c):04X}>" for c in text)
 
 
 # -------------------------------------------------------------------------------------------------------- sections

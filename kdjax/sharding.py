@@ -16,6 +16,17 @@ Rules = Sequence[tuple[str, str]]
 TACTICS = ("replicate", "fsdp", "tensor:DIMENSION", "tensor:DIMENSION+fsdp")
 MEMBERS = "members"  # the mesh axis over which a population is split
 TENSOR = "tensor"  # the mesh axis over which single products are split; it sees the same batch
+# Of a decoder (``models.decoder``), whose kernels are [layers, inputs, outputs] and whose tables are [vocabulary, width]:
+# a pair of products is split over outputs, then over inputs, so that devices add up only what the second gives. A table
+# is split over the vocabulary by ``tensor`` and over its width by ``fsdp``: whole rows on each device of the latter
+# would have all tokens of the batch looked up on all of them.
+DECODER: Rules = (
+    ("norm|bias", "replicate"),
+    ("/(q|k|v|gate|up)/kernel", "tensor:-1+fsdp"),
+    ("/(o|down)/kernel", "tensor:-2+fsdp"),
+    ("/(embedding|head/kernel)", "tensor:-2+fsdp"),
+    (".*", "replicate"),
+)
 _TACTIC = re.compile(r"(replicate|fsdp|tensor:(-?\d)(\+fsdp)?)")
 _SMALLEST_SHARDED = 2**14  # elements; a smaller array costs more to gather than to keep
 
@@ -72,7 +83,8 @@ def by_rules(tree: Any, mesh: Mesh, rules: Rules, *, members: int = 0) -> Any:
 
     ``"replicate"`` keeps a copy on each device; ``"fsdp"`` splits the largest dimension that the ``fsdp`` axis
     divides; ``"tensor:-1"`` splits the last dimension over the ``tensor`` axis, and ``"tensor:-1+fsdp"`` besides the
-    largest of the others over ``fsdp``. What an axis does not divide, or a mesh does not have, stays whole. An
+    largest of the others over ``fsdp``. What an axis does not divide, or a mesh does not have, stays whole; a dimension
+    named for ``tensor`` is never split over ``fsdp``, so that the layout does not depend on the mesh's sizes. An
     optimiser's moments carry the path of their parameter, so they follow it. In a population of ``members``
     the leading dimension is split over the axis ``members``, where the mesh has one, and the rules see the rest.
 

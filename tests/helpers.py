@@ -1,9 +1,12 @@
 """What several tests share: small real models, batches of real digits, and a config that is done in seconds."""
 
 import functools
+import json
+from pathlib import Path
 
 import jax
 import numpy as np
+import pytest
 from flax import nnx
 
 from kdjax import config as configs
@@ -68,3 +71,42 @@ def equal_trees(a, b) -> bool:
 
 def _raw(x):
     return np.asarray(jax.random.key_data(x) if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key) else x)
+
+
+LETTERS = "abcdefghijklmnopqrstuvwxyz .é漢\n"  # with characters of 1, 2 and 3 bytes
+
+
+def letters_tokeniser(folder: Path, letters: str = LETTERS) -> Path:
+    """A folder with a ``tokenizer.json`` in which each letter is a token; the last one ends a text."""
+    tokenizers = pytest.importorskip("tokenizers", reason="the package tokenizers is not installed")
+    vocabulary = {letter: number for number, letter in enumerate(letters)}
+    tokeniser = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocabulary, merges=[]))
+    tokeniser.decoder = tokenizers.decoders.Fuse()
+    tokeniser.add_special_tokens(["<end>"])
+    folder.mkdir(parents=True, exist_ok=True)
+    tokeniser.save(str(folder / "tokenizer.json"))
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<end>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    return folder
+
+
+def tiny_language_config(**train):
+    """Some modules of Python as bytes, minute decoders, a few steps an arm, on one device."""
+    config = configs.default()
+    config.task = "language"
+    config.data.update(
+        name="stdlib", options={"modules": "a*.py"}, context=32, batch_size=8, eval_batch_size=256
+    )
+    sizes = {"width": 16, "heads": 2, "mlp_width": 32}
+    config.teacher.update(name="decoder", epochs=0, steps=6)
+    config.student.name = "decoder"
+    config.teacher.options, config.student.options = {**sizes, "layers": 2}, {**sizes, "layers": 1}
+    config.losses.kl.temperature = 1.0
+    for part in (config, config.teacher):
+        part.optimizer.learning_rate = 3e-3
+    config.train.update(epochs=0, steps=6)
+    config.train.update(train)
+    config.mesh.data = 1
+    config.checkpoint.every = 4
+    config.log.update(every=1, eval_every=0, sample={"tokens": 8, "temperature": 0.7})
+    return config

@@ -130,10 +130,14 @@ def test_text_from_outside_is_escaped(tmp_path, spoken):
 
 
 def test_what_cannot_be_shown_is_made_visible(tmp_path, spoken):
-    samples = {"teacher": "\nnull \x00 bell \x07 del \x7f", "student_alone": "", "student_distilled": "half \ud800 a‮b"}
+    samples = {
+        "teacher": "\nnull \x00 bell \x07 del \x7f",
+        "student_alone": "",
+        "student_distilled": "half \ud800 a\u202eb",
+    }
     found = with_samples({**spoken, "prompt": ""}, samples)
     html = write(tmp_path, found)
-    assert "<span>\nnull ␀ bell ␇ del ␡</span>" in html
+    assert "<span>\nnull &lt;U+0000&gt; bell &lt;U+0007&gt; del &lt;U+007F&gt;</span>" in html
     assert "half &lt;U+D800&gt; a&lt;U+202E&gt;b" in html
     assert "Empty: each began a text." in html and "Nothing: it ended the text at once." in html
     assert not re.search("[\x00-\x08\x7f\u202e]", html)

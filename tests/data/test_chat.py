@@ -118,6 +118,17 @@ def test_of_turns_that_are_rewritten_only_the_last_is_in_the_loss():
     assert [text[start:end] for start, end in spans] == ["<think>\n\n</think>\n\nIt is 4.<|im_end|>"]
 
 
+def test_one_turn_that_is_rewritten_leaves_only_the_last_in_the_loss():
+    rewritten = (
+        "{% for m in messages %}{% if m.content != 'long' or (loop.last and not add_generation_prompt) %}"
+        "{{ m.content }};{% else %}short;{% endif %}{% endfor %}"
+    )
+    for contents, in_loss in (("one", "long", "two"), ["two;"]), (("one", "two", "three"), ["one;", "two;", "three;"]):
+        messages = [{"role": "assistant", "content": content} for content in contents]
+        text, spans = chat.conversation(messages, _of(rewritten))
+        assert [text[start:end] for start, end in spans] == in_loss
+
+
 def test_what_follows_the_last_assistant_turn_is_left_out():
     assert chat.conversation(TURNS[:4], BYTES) == chat.conversation(TURNS[:3], BYTES)
 
@@ -146,6 +157,7 @@ def test_a_pair_has_its_completion_in_the_loss():
 def test_tokens_are_in_a_span_by_any_of_their_characters():
     starts, ends = np.array([0, 2, 4, 4, 6], np.int32), np.array([2, 4, 6, 4, 8], np.int32)
     assert chat.in_spans(starts, ends, [(3, 5)]).tolist() == [False, True, True, True, False]
+    assert chat.in_spans(starts, ends, [(4, 6)]).tolist() == [False, False, True, True, False]
     assert chat.in_spans(starts, ends, [(0, 2), (6, 8)]).tolist() == [True, False, False, False, True]
     assert not chat.in_spans(starts, ends, []).any()
 

@@ -106,7 +106,8 @@ def test_padding_is_told_by_place_and_not_by_value():
     ends = np.array([7, 0, 0, 5, 0], np.int32)  # 0 ends the text, and is what padding is filled with
     split, _ = packing.pack([Document("d", ends, np.ones(5, bool), np.ones(5, np.int32))] * 2, 7, "whole", size=10)
     assert split.tokens.tolist() == [[7, 0, 0, 5, 0, 0, 0, 0]] * 2
-    assert packing.target_mask(split).tolist() == [[True] * 4 + [False] * 3] * 2
+    for in_loss in (split.in_loss, np.ones_like(split.in_loss)):
+        assert packing.target_mask(split._replace(in_loss=in_loss)).tolist() == [[True] * 4 + [False] * 3] * 2
 
 
 def test_packing_does_not_depend_on_anything_but_the_documents():

@@ -36,7 +36,9 @@ def _write(folder, **files):
 
 
 def _lines(folder, name, lines):
-    (folder / name).write_text("\n".join(json.dumps(line) for line in lines) + "\n", encoding="utf-8")
+    (folder / name).write_text(
+        "\n".join(json.dumps(line, ensure_ascii=False) for line in lines) + "\n", encoding="utf-8"
+    )
 
 
 def _documents(split, tokeniser):
@@ -101,6 +103,21 @@ def test_a_single_file_is_cut_where_a_line_begins():
     assert dataset.prompt == bytes(test[:64].tolist()).decode()
 
 
+def test_real_text_has_the_ids_of_transformers(tmp_path):
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    folder = _shared("tiny_shakespeare/input.txt")
+    content = (folder / "tiny_shakespeare" / "input.txt").read_text(encoding="utf-8")
+    bpe = train_tokeniser(tmp_path, [content[:100_000]], vocabulary=600)
+    dataset = text.load(_config("text:tiny_shakespeare/input.txt", folder, tokeniser=bpe, context=128))
+    theirs = transformers.AutoTokenizer.from_pretrained(bpe)
+    train, test = _stream(dataset.train), _stream(dataset.test)
+    cut = len(theirs.decode(train[:-1]))
+    assert [*theirs(content[:cut])["input_ids"], theirs.eos_token_id] == train.tolist()
+    assert [*theirs(content[cut:])["input_ids"], theirs.eos_token_id] == test.tolist()
+    first = len(theirs.decode(train[:1]).encode())
+    assert text.target_bytes(dataset.train) == len(content[:cut].encode()) - first
+
+
 def test_files_are_documents_in_the_split_that_is_said_or_that_of_their_digest(tmp_path):
     names = [f"{number}.txt" for number in range(30)]
     _write(tmp_path, **{name: f"text of {name}" for name in names})
@@ -114,13 +131,11 @@ def test_files_are_documents_in_the_split_that_is_said_or_that_of_their_digest(t
         trains = _documents(dataset.train, dataset.tokeniser)
         assert [whole for whole, _ in trains] == sorted(f"text of {name}" for name in {*names} - wanted)
         assert all(targets == whole[1:] for whole, targets in trains)
-    (tmp_path / "moved").mkdir()
+    folder = tmp_path / "moved [1]"  # a pattern to glob, were it not the name of a folder
+    folder.mkdir()
     for name in names:
-        (tmp_path / name).rename(tmp_path / "moved" / name)
-    moved = text.load(
-        _config(f"text:{tmp_path}/**/*.txt", context=20, packing="whole", test="moved/1*.txt")
-        | {"data_dir": str(tmp_path)}
-    )
+        (tmp_path / name).rename(folder / name)
+    moved = text.load(_config("text:**/*.txt", folder, context=20, packing="whole", test="1*.txt"))
     assert moved.sha256 == dataset.sha256
 
 
@@ -200,6 +215,13 @@ def test_the_digest_is_of_what_signals_of_a_teacher_depend_on(tmp_path):
     load = lambda **change: text.load(_config("text:a.txt", tmp_path, test="b.txt") | change).sha256
     assert len({load(), load(context=15), load(context=99, packing="whole"), load(options={})}) == 4
     assert load() == load()
+    same = ({"text": "ab"}, {"prompt": "a", "completion": "b"}, {"prompt": "ab", "completion": "\0"})
+    digests = set()
+    for number, line in enumerate(same):  # of one text, or of one that is all there but for padding
+        for name in ("train", "test"):
+            _lines(tmp_path, f"{name}{number}.jsonl", [line])
+        digests.add(load(name=f"jsonl:train{number}.jsonl", options={"test": f"test{number}.jsonl"}, packing="whole"))
+    assert len(digests) == 3
 
 
 def test_a_prepared_tfds_set_is_read(tmp_path):

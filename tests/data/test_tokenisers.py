@@ -14,6 +14,7 @@ TEXTS = [
     "plain\nlines\r\n\n  indented\twith tabs  ",
     "Grüße, naïve café, ΑΒΓ, 漢字, 😀👩‍👩‍👧, \u2028",
     "".join(map(chr, range(256))),
+    "\x7f\x80\u07ff\u0800\uffff\U00010000",  # the first and last characters of 1 to 4 bytes
     "",
 ]
 
