@@ -24,6 +24,8 @@ from kdjax.step import make_train_step
 from kdjax.taps import Network
 from kdjax.tasks import language
 
+_OF_WHOLE_EXAMPLES = ("mutual", "past_predictions")  # terms that take an example, and not a token, for a position
+
 
 def prepare(config: ConfigDict, dataset: Any = None) -> Experiment:
     """The experiment of a config, with each of its arms built once, to refuse what cannot be built.
@@ -199,6 +201,8 @@ def _objective(experiment: Experiment, name: str, plan: Plan, examples: int, per
     )
     balance = config.balance if name == DISTILLED else "fixed"
     goal = objective.make_objective(plan.losses, weights, config.teacher.combine, setting=setting, balance=balance)
+    if unfit := [term for term in goal.terms if setting.sequences and term in _OF_WHOLE_EXAMPLES]:
+        raise UserError(f"losses.{unfit[0]} is for classification: set its weight to 0.")
     on_labels = [term for term in goal.terms if TERMS[term].on_labels]
     if on_labels and is_student and not experiment.task.has_labels(experiment.student_train):
         raise UserError(

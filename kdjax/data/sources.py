@@ -244,36 +244,67 @@ def _tfds(name: str, data_dir: str | None, domain: str = "") -> Dataset:
     """An image classification set that TFDS has prepared as ArrayRecord files: read without TensorFlow.
 
     ``domain`` names the feature that says where an example comes from; none where it is empty."""
-    import tensorflow_datasets as tfds  # slow to import, and only this source needs it
+    builder = prepared(name, data_dir)
+    image, label = _image_and_label(name, builder.info)
+    if domain:
+        _check_domain_feature(name, builder.info, domain)
+    splits = [
+        _read(source, image, label, domain, builder.info.features[image].shape) for source in opened(name, builder)
+    ]
+    return _with_statistics(name, splits[0], splits[1], tuple(builder.info.features[label].names))
+
+
+def prepared(name: str, data_dir: str | None) -> Any:
+    """The builder of the data set ``tfds:NAME``, which TFDS has prepared.
+
+    Raises:
+      UserError: there is none of that name, or it is not prepared.
+    """
+    import tensorflow_datasets as tfds  # slow to import, and only these sources need it
 
     short = name.removeprefix(_TFDS)
-    where = f"data_dir={data_dir}" if data_dir else "the default data_dir (set data.data_dir if it lies elsewhere)"
+    where = _place(data_dir)
     try:
         builder = tfds.builder(short, data_dir=data_dir)
     except tfds.core.DatasetNotFoundError:
         raise UserError(f"unknown data set {name}: neither tensorflow-datasets nor {where} has {short!r}.") from None
-    remedy = (
-        "prepare it once: pip install 'kdjax[tfds]', then in Python tensorflow_datasets.builder("
-        f"{short!r}, data_dir=..., file_format='array_record').download_and_prepare()"
-    )
     # Asked first, since reading an absent data set would try to download it.
     if not builder.info.splits:
-        raise UserError(f"data set {name} is not prepared in {where}; {remedy}.")
-    image, label = _image_and_label(name, builder.info, tfds)
-    if domain:
-        _check_domain_feature(name, builder.info, domain)
+        raise UserError(f"data set {name} is not prepared in {where}; {_remedy(short)}.")
+    return builder
+
+
+def opened(name: str, builder: Any) -> list[Any]:
+    """The examples of its splits train and test (or validation), read without TensorFlow.
+
+    Raises:
+      UserError: it has no such splits, or is not in the ArrayRecord format.
+    """
     test = next((split for split in ("test", "validation") if split in builder.info.splits), None)
     if "train" not in builder.info.splits or test is None:
         raise UserError(f"data set {name} has the splits {', '.join(builder.info.splits)}: train and test are needed.")
     try:
-        sources = [builder.as_data_source(split=split) for split in ("train", test)]
+        return [builder.as_data_source(split=split) for split in ("train", test)]
     except NotImplementedError:
-        raise UserError(f"data set {name} in {where} is not in the ArrayRecord format; {remedy}.") from None
-    splits = [_read(source, image, label, domain, builder.info.features[image].shape) for source in sources]
-    return _with_statistics(name, splits[0], splits[1], tuple(builder.info.features[label].names))
+        short = name.removeprefix(_TFDS)
+        where = builder.data_dir
+        raise UserError(f"data set {name} in {where} is not in the ArrayRecord format; {_remedy(short)}.") from None
 
 
-def _image_and_label(name: str, info: Any, tfds: Any) -> tuple[str, str]:
+def _place(data_dir: str | None) -> str:
+    return f"data_dir={data_dir}" if data_dir else "the default data_dir (set data.data_dir if it lies elsewhere)"
+
+
+def _remedy(short: str) -> str:
+    return (
+        "prepare it once: pip install 'kdjax[tfds]', then in Python tensorflow_datasets.builder("
+        f"{short!r}, data_dir=..., file_format='array_record').download_and_prepare()"
+    )
+
+
+def _image_and_label(name: str, info: Any) -> tuple[str, str]:
+    import tensorflow_datasets as tfds
+
     keys = info.supervised_keys or ("image", "label")
     kinds = [type(info.features[key]) if isinstance(key, str) and key in info.features else None for key in keys]
     if kinds != [tfds.features.Image, tfds.features.ClassLabel]:

@@ -13,6 +13,7 @@ import numpy as np
 
 from kdjax.data import chat, tokenisers
 from kdjax.data.packing import Document, TextSplit, pack, target_mask
+from kdjax.data.sources import opened, prepared
 from kdjax.data.tokenisers import Tokeniser
 from kdjax.errors import UserError, unknown
 
@@ -210,34 +211,15 @@ def _jsonl(
 
 
 def _tfds(name: str, data_dir: str, tokeniser: Tokeniser, *, text: str = "text") -> tuple[list[Source], list[Source]]:
-    import tensorflow_datasets as tfds  # slow to import, and only this source needs it
+    import tensorflow_datasets as tfds
 
-    short = name.removeprefix(_TFDS)
-    where = f"data_dir={data_dir}" if data_dir else "the default data_dir (set data.data_dir if it lies elsewhere)"
-    try:
-        builder = tfds.builder(short, data_dir=data_dir or None)
-    except tfds.core.DatasetNotFoundError:
-        raise UserError(f"unknown data set {name}: neither tensorflow-datasets nor {where} has {short!r}.") from None
-    remedy = (
-        "prepare it once: pip install 'kdjax[tfds]', then in Python tensorflow_datasets.builder("
-        f"{short!r}, data_dir=..., file_format='array_record').download_and_prepare()"
-    )
-    # Asked first, since reading an absent data set would try to download it.
-    if not builder.info.splits:
-        raise UserError(f"data set {name} is not prepared in {where}; {remedy}.")
+    builder = prepared(name, data_dir or None)
     if text not in builder.info.features:
         raise unknown(f"feature of {name} (data.options.text)", text, builder.info.features)
     if not isinstance(builder.info.features[text], tfds.features.Text):
         raise UserError(f"data.options.text={text!r}: that feature of {name} is not text.")
-    test = next((split for split in ("test", "validation") if split in builder.info.splits), None)
-    if "train" not in builder.info.splits or test is None:
-        raise UserError(f"data set {name} has the splits {', '.join(builder.info.splits)}: train and test are needed.")
     both = []
-    for split in ("train", test):
-        try:
-            examples = builder.as_data_source(split=split)
-        except NotImplementedError:
-            raise UserError(f"data set {name} in {where} is not in the ArrayRecord format; {remedy}.") from None
+    for split, examples in zip(("train", "test"), opened(name, builder), strict=True):
         sources = []
         for number, example in enumerate(examples):
             value = example[text]

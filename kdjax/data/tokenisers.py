@@ -124,20 +124,35 @@ def write_byte_tokeniser(folder: str | Path) -> None:
 
     Args:
       folder: made where it does not exist; gets ``tokenizer.json`` and ``tokenizer_config.json``.
-
-    Raises:
-      UserError: the package tokenizers is missing.
     """
-    tokenizers = _tokenizers()
-    characters = _byte_characters()
-    vocabulary = {character: byte for byte, character in enumerate(characters)}
-    tokeniser = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocabulary, merges=[]))
-    tokeniser.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokeniser.decoder = tokenizers.decoders.ByteLevel()
-    tokeniser.add_special_tokens([tokenizers.AddedToken(END_OF_TEXT, special=True, normalized=False)])
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+    end = {"id": 256, "content": END_OF_TEXT, "special": True}
+    plain = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    content = {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [end | plain],
+        "normalizer": None,
+        "pre_tokenizer": byte_level,
+        "post_processor": None,
+        "decoder": byte_level,
+        "model": {
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": None,
+            "continuing_subword_prefix": None,
+            "end_of_word_suffix": None,
+            "fuse_unk": False,
+            "byte_fallback": False,
+            "ignore_merges": False,
+            "vocab": {character: byte for byte, character in enumerate(_byte_characters())},
+            "merges": [],
+        },
+    }
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    tokeniser.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer.json").write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "eos_token": END_OF_TEXT,

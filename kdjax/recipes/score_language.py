@@ -30,7 +30,7 @@ def run(experiment: Experiment, workdir: Path, done: dict[str, Trained]) -> Outc
         # Several teachers are scored together as what they say; one of them writes the sample.
         variables = teachers[MAIN] if of_teacher else trained.variables
         evaluate = language.make_evaluate(
-            model,
+            None if of_teacher else model,
             dataset,
             experiment.mesh,
             config.data.eval_batch_size,

@@ -42,6 +42,12 @@ def load(config: ConfigDict, dataset: TextDataset | None = None) -> TextDataset:
         raise UserError("data.labels, teacher.labels and data.omit_class are for classification: leave them out.")
     if config.teacher.combine == "routed":
         raise UserError('teacher.combine="routed" is for classification: combine the teachers otherwise.')
+    place = config.student.init
+    if place and place != FROM_TEACHER and not is_folder(place):
+        raise UserError(
+            f"student.init={place} is no model in the layout of Hugging Face, with a config.json: give the folder of one, "
+            "or teacher, or nothing."
+        )
     return dataset or text.load(config.data)
 
 
@@ -130,7 +136,10 @@ def decoder_config(config: ConfigDict, part: ConfigDict, dataset: TextDataset) -
         if option not in DecoderConfig._fields:
             raise unknown("option of a decoder", option, (*DecoderConfig._fields, *_RUNTIME))
     if isinstance(options.get("rope_scaling"), Mapping):
-        options["rope_scaling"] = RopeScaling(**options["rope_scaling"])
+        try:
+            options["rope_scaling"] = RopeScaling(**options["rope_scaling"])
+        except TypeError as error:
+            raise UserError(f"a decoder's rope_scaling takes {', '.join(RopeScaling._fields)}: {error}.") from error
     init = part.get("init", "")
     if is_folder(init):
         found = huggingface.read_config(init)
@@ -141,7 +150,11 @@ def decoder_config(config: ConfigDict, part: ConfigDict, dataset: TextDataset) -
                     "give the folder that it means."
                 )
     elif init == FROM_TEACHER:
-        found = decoder_config(config, config.teacher, dataset)._replace(**options)
+        if config.teacher.init == FROM_TEACHER:
+            raise UserError("teacher.init=teacher names no weights: give a folder, or nothing.")
+        whole = decoder_config(config, config.teacher, dataset)
+        found = whole._replace(**options)
+        _try_part(whole, found)
     else:
         found = _from_options(options, dataset)
     if found.context < dataset.context:
@@ -150,6 +163,17 @@ def decoder_config(config: ConfigDict, part: ConfigDict, dataset: TextDataset) -
             "reach: shorten data.context."
         )
     return found
+
+
+def _try_part(whole: DecoderConfig, part: DecoderConfig) -> None:
+    """Shapes a student as a part of its teacher, so that one that is none is refused before the teacher is trained."""
+    weights = jax.eval_shape(make_decoder(whole).init, jax.random.key(0))
+    float32 = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)
+    sizes = {"heads": float32(whole.layers, whole.kv_heads), "neurons": float32(whole.layers, whole.mlp_width)}
+    ranked = prune.Importance(channels=float32(whole.width), **sizes)
+    jax.eval_shape(
+        lambda weights, ranked: prune.student_from_teacher(whole, weights, part, importance=ranked), weights, ranked
+    )
 
 
 def _from_options(options: Mapping[str, Any], dataset: TextDataset) -> DecoderConfig:
@@ -187,8 +211,6 @@ def load_weights(folder: str, mesh: Mesh, rules: sharding.Rules, dtype: Any) -> 
 def first_weights(config: ConfigDict, dataset: TextDataset, mesh: Mesh, teacher: Callable[[], Variables]) -> Params:
     """The parameters with which both students begin: those that ``student.init`` names; ``teacher`` gives its weights."""
     place = config.student.init
-    if place != FROM_TEACHER and not is_folder(place):
-        raise UserError(f"student.init={place} has no config.json: give a folder that does, or 'teacher', or nothing.")
     if place != FROM_TEACHER:
         return load_weights(place, mesh, config.sharding.student, jnp.float32)["params"]
     whole, part = (decoder_config(config, one, dataset) for one in (config.teacher, config.student))
@@ -290,7 +312,7 @@ def check_cache(found: cache.Cache, dataset: TextDataset, teacher_sha256: str | 
 
 
 def make_evaluate(
-    model: Model,
+    model: Model | None,
     dataset: TextDataset,
     mesh: Mesh,
     batch_size: int,
@@ -306,22 +328,26 @@ def make_evaluate(
     UTF-8 bytes that they cover), ``accuracy`` (the share of targets that are the model's first choice), ``tokens`` and
     ``bytes`` (how many targets there are); with teachers also ``agreement`` (the share of targets at which both have
     the same first choice) and ``kl`` (KL(teachers || model) in nats per target).
+
+    Without a ``model`` the scores are those of what the teachers say together.
     """
     teachers, normalise = teachers or {}, make_normalise(dataset)
     layout = Layout(mesh, sharding.batch_axes(mesh)) if mesh.size > 1 else None
 
     def sums_of(positions: Positions, shared: Any) -> dict[str, Array]:
         labels, mask = positions.batch["labels"], positions.batch["mask"]
-        log_p = jax.nn.log_softmax(logits_of(positions.student), axis=-1)
-        first = jnp.argmax(log_p, axis=-1)
-        of_label = jnp.take_along_axis(log_p, jnp.maximum(labels, 0)[..., None], axis=-1)[..., 0]
-        found = {"nll": -of_label, "accuracy": first == labels}
+        log_t = None
         if positions.teachers:
             said = [logits_of(outputs) for outputs in positions.teachers]
             how = "logits" if combine == "logits" else "probabilities"
             shares = [1.0] if weights is None else list(weights.values())
             logits = said[0] if len(said) == 1 else objective.combine_teachers(said, shares, how)
             log_t = jax.nn.log_softmax(logits, axis=-1)
+        log_p = log_t if model is None else jax.nn.log_softmax(logits_of(positions.student), axis=-1)
+        first = jnp.argmax(log_p, axis=-1)
+        of_label = jnp.take_along_axis(log_p, jnp.maximum(labels, 0)[..., None], axis=-1)[..., 0]
+        found = {"nll": -of_label, "accuracy": first == labels}
+        if log_t is not None:
             found["kl"] = jnp.sum(jnp.exp(log_t) * (log_t - log_p), axis=-1)
             found["agreement"] = first == jnp.argmax(log_t, axis=-1)
         return {name: jnp.sum(jnp.where(mask > 0, value, 0.0)) for name, value in found.items()}
@@ -329,13 +355,9 @@ def make_evaluate(
     def of_batch(variables: Variables, teacher_variables: Mapping[str, Variables], batch: Batch) -> dict[str, Array]:
         batch = normalise(batch)
         said = lambda one, weights: one.apply(weights, batch["inputs"], train=False)[0]
-        student = said(model, variables)
-        positions = Positions(
-            student,
-            tuple(said(teachers[name], teacher_variables[name]) for name in teachers),
-            None,
-            {name: batch[name] for name in ("labels", "mask")},
-        )
+        taught = tuple(said(teachers[name], teacher_variables[name]) for name in teachers)
+        student = taught[0] if model is None else said(model, variables)
+        positions = Positions(student, taught, None, {name: batch[name] for name in ("labels", "mask")})
         ways = layout.ways if layout else 1
         b, t = batch["labels"].shape
         count = chunks.chunk_count(b, t, student.head.size, ways, tokens_per_chunk)
@@ -382,7 +404,8 @@ def sample(
     """What the model writes after the data set's prompt."""
     from kdjax.models.generate import generate
 
-    ids, _ = dataset.tokeniser.encode(dataset.prompt)[:2]
+    ids, _ = dataset.tokeniser.encode(dataset.prompt)
+    ids = ids if dataset.tokeniser.bos is None else np.r_[dataset.tokeniser.bos, ids]
     room = max(dataset.context - new_tokens, 1)
     prompt = np.asarray(ids[-room:], np.int32)[None]
     written = generate(
