@@ -8,19 +8,21 @@ MODELS holds the two models as Hugging Face has them (``config.json``, ``*.safet
 files ``*.jsonl`` with a conversation, a text, or a prompt and a completion on each line (``kdjax.data.text.load``). A
 document of more than 4097 tokens is refused: make ``data.context`` larger, or cut it with
 ``--config.data.options.longer=cut``. The two tables of embeddings have 152,064 and 151,936 rows for the same 151,665
-tokens; both are cut to those.
+tokens; both are cut to those. ``kdjax train --arm student_distilled`` with the same options leaves out the control, the
+same student without a teacher.
 
 Recipe: that of DeepSeek-R1's distilled Qwen-1.5B (DeepSeek-AI 2025, appendix B.4.3): 2 to 3 epochs, 64 sequences a
-step, rate 1e-4 with cosine to a tenth. There the teacher only wrote the text; here it also says how likely each token is
-(``kl``). Not from there: context (theirs 32,768), weights of the losses, AdamW's betas, no decay, clipping, warm-up.
+step, rate 1e-4 with cosine to a tenth. There the teacher only wrote the text; here it also says how likely each token
+is. Not from there: context (theirs 32,768), weights of the losses, AdamW's betas, no decay, clipping, warm-up.
 
-Measured: not measured, no such device was at hand. The step compiles for 8 devices; each holds ARGS.
+Measured: not measured, no such device was at hand. The step compiles for 8 devices. Each holds 4.2 GB: teacher 1.9
+(bfloat16), student 0.8 and AdamW's moments 1.5 (float32). Compiled for CPUs the step needs 23.3 GB besides, with copies
+of attention's scores, 3.8 GB each, and of the teacher in float32, which a GPU's own attention and bfloat16 do without.
 
 Variants:
   top_k      what the student learns is the teacher's 32 likeliest tokens and the mass of the rest. The teacher can say
-             that once, beforehand, and be gone from the step:
-             kdjax cache --config configs/lm_qwen25_7b_1_5b.py:top_k --workdir runs/qwen25 (and the folders as above),
-             then kdjax distill as above with --config.teacher.cache=runs/qwen25/cache
+             that once, beforehand, and be gone from the step: ``kdjax cache`` with the same options, then distil in
+             another workdir with --config.teacher.cache=runs/qwen25/cache
 """
 
 from ml_collections import ConfigDict

@@ -8,20 +8,21 @@ MODELS holds the two models as Hugging Face has them (``config.json``, ``*.safet
 files ``*.jsonl`` with a conversation, a text, or a prompt and a completion on each line (``kdjax.data.text.load``). A
 document of more than 4097 tokens is refused: make ``data.context`` larger, or cut it with
 ``--config.data.options.longer=cut``. The two devices of a pair see the same sequences and share each product
-(``mesh.tensor``): half the heads, half the neurons and half the vocabulary each.
+(``mesh.tensor``): half the heads, half the neurons and half the vocabulary each. ``kdjax train --arm
+student_distilled`` with the same options leaves out the control, the same student without a teacher.
 
-Recipe: the pair of Qwen3's strong-to-weak distillation (Yang et al. 2025), whose rates are not published; hence that of
-DeepSeek-R1's distilled Llama-8B (DeepSeek-AI 2025, appendix B.4.3): 2 to 3 epochs, 64 sequences a step, rate 5e-5 with
-cosine to a tenth. Not from there: context (theirs 32,768), weights of the losses, AdamW's betas, no decay, clipping,
-warm-up.
+Recipe: the pair is that of Qwen3's strong-to-weak distillation (Yang et al. 2025); the rest is that of DeepSeek-R1's
+distilled Llama-8B (DeepSeek-AI 2025, appendix B.4.3): 2 to 3 epochs, 64 sequences a step, rate 5e-5 with cosine to a
+tenth. Not from there: context (theirs 32,768), weights of the losses, AdamW's betas, no decay, clipping, warm-up.
 
-Measured: not measured, no such device was at hand. The step compiles for 8 devices; each holds ARGS.
+Measured: not measured, no such device was at hand. The step compiles for 8 devices. Each holds 20.5 GB: teacher 8.2
+(bfloat16), student 4.1 and AdamW's moments 8.2 (float32). Compiled for CPUs the step needs 46.8 GB besides, with copies
+of attention's scores, 4.3 GB each, and of the teacher in float32, which a GPU's own attention and bfloat16 do without.
 
 Variants:
   top_k      what the student learns is the teacher's 32 likeliest tokens and the mass of the rest. The teacher can say
-             that once, beforehand, and be gone from the step:
-             kdjax cache --config configs/lm_qwen3_32b_8b.py:top_k --workdir runs/qwen3 (and the folders as above),
-             then kdjax distill as above with --config.teacher.cache=runs/qwen3/cache
+             that once, beforehand, and be gone from the step: ``kdjax cache`` with the same options, then distil in
+             another workdir with --config.teacher.cache=runs/qwen3/cache
 """
 
 from ml_collections import ConfigDict

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 
 from kdjax.model import Array, Outputs
+from kdjax.sharding import TENSOR
 
 # Bytes of one model's float32 logits that a device holds at a time. On an accelerator a chunk must be large enough for
 # matrix products to be quick; on a CPU, whose chunks are quick at any size, the smaller the better.
@@ -79,17 +80,18 @@ def weighted_sums(
     return total, jax.lax.stop_gradient(sums)
 
 
-def chunk_count(batch: int, tokens: int, classes: int, ways: int = 1, tokens_per_chunk: int = 0) -> int:
+def chunk_count(batch: int, tokens: int, classes: int, layout: Layout | None = None, tokens_per_chunk: int = 0) -> int:
     """In how many chunks [batch, tokens] positions are walked over: the smallest divisor of ``tokens`` that is enough.
 
     Args:
       batch: sequences, over all devices.
       tokens: of a sequence.
       classes: the vocabulary.
-      ways: over how many devices the sequences are split.
+      layout: over which devices the sequences are split, and over which the vocabulary.
       tokens_per_chunk: on each device; 0 for what a fixed budget of logits allows.
     """
-    local = max(batch // ways, 1)
+    local = max(batch // (layout.ways if layout else 1), 1)
+    classes = -(-classes // (layout.mesh.shape.get(TENSOR, 1) if layout else 1))
     budget = BUDGET.get(jax.default_backend(), BUDGET_OF_ACCELERATORS)
     most = tokens_per_chunk or max(budget // (4 * classes), 1)
     enough = min(math.ceil(local * tokens / most), tokens)

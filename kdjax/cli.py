@@ -112,9 +112,10 @@ def bench(call: Call) -> None:
     """Measure the step, the loss, taps, a population, several seeds, or a class that the student never saw.
 
     `bench loss` compares the memory of the loss over a large vocabulary, chunked, with the dense one; `bench step`
-    times the compiled step against its parts, `bench signals` the step from a cache against the student alone, `bench taps` a
-    feature term against the step without it, `bench population` students side by side against separate runs; `bench
-    seeds` trains all arms over several seeds, and `bench omitted` repeats the omitted class of Hinton et al. (2015).
+    times the compiled step against its parts, `bench signals` the step from a cache against the student alone, `bench
+    taps` a feature term against the step without it, `bench population` students side by side against separate runs;
+    `bench seeds` trains all arms over several seeds, and `bench omitted` repeats the omitted class of Hinton et al.
+    (2015).
 
     Example:
       kdjax bench step --json

@@ -153,6 +153,12 @@ def within(experiment: Experiment, name: str) -> Experiment:
     return experiment._replace(**experiment.links[name]._asdict(), links={})
 
 
+def refuse_language(experiment: Experiment, what: str) -> None:
+    """Raises a UserError where the config is for a language model, and ``what`` scores classes."""
+    if experiment.task is not classification:
+        raise UserError(f"{what} is for classification, and task={experiment.config.task}: use kdjax distill.")
+
+
 def refuse_chain(experiment: Experiment, what: str) -> None:
     """Raises a UserError where the config has links between teacher and student, and ``what`` trains one student."""
     if experiment.links:

@@ -167,6 +167,9 @@ def make_objective(
         hparams |= {f"teacher.{name}": float(weight) for name, weight in teacher_weights.items()}
     if setting.signals:
         _check_signals(active)
+    for name, one in active.items():
+        if setting.sequences and one.term.reads == "student":
+            raise UserError(f"losses.{name} is for classification: leave it out for a language model.")
     weighting.init_balance(balance, list(active))  # refuses an unknown one
     _try(active, setting)
 
@@ -406,9 +409,8 @@ def _chunks(student: Outputs, setting: Setting) -> int:
     """How many chunks of tokens the positions are walked over in; those of a model that gives its logits are one."""
     if student.head is None or student.hidden.ndim != 3:
         return 1
-    ways = setting.layout.ways if setting.layout else 1
     batch, tokens, _ = student.hidden.shape
-    return chunks.chunk_count(batch, tokens, student.head.size, ways, setting.tokens_per_chunk)
+    return chunks.chunk_count(batch, tokens, student.head.size, setting.layout, setting.tokens_per_chunk)
 
 
 def _features(

@@ -16,10 +16,9 @@ Rules = Sequence[tuple[str, str]]
 TACTICS = ("replicate", "fsdp", "tensor:DIMENSION", "tensor:DIMENSION+fsdp")
 MEMBERS = "members"  # the mesh axis over which a population is split
 TENSOR = "tensor"  # the mesh axis over which single products are split; it sees the same batch
-# Of a decoder (``models.decoder``), whose kernels are [layers, inputs, outputs] and whose tables are [vocabulary, width]:
-# a pair of products is split over outputs, then over inputs, so that devices add up only what the second gives. A table
-# is split over the vocabulary by ``tensor`` and over its width by ``fsdp``: whole rows on each device of the latter
-# would have all tokens of the batch looked up on all of them.
+# The rules of a decoder, whose kernels are [layers, inputs, outputs] and whose tables are [vocabulary, width]. Of a
+# pair of products the first is split over its outputs and the second over its inputs, so that devices add up only what
+# the second gives. fsdp splits a table's width: with rows split, every device would look up the tokens of all others.
 DECODER: Rules = (
     ("norm|bias", "replicate"),
     ("/(q|k|v|gate|up)/kernel", "tensor:-1+fsdp"),

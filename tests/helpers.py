@@ -2,16 +2,20 @@
 
 import functools
 import json
+import random
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 
 from kdjax import config as configs
+from kdjax import huggingface
 from kdjax.data import sources
 from kdjax.model import Model, from_nnx
+from kdjax.models.decoder import DecoderConfig, make_decoder
 
 
 class Small(nnx.Module):
@@ -74,9 +78,10 @@ def _raw(x):
 
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz .é漢\n"  # with characters of 1, 2 and 3 bytes
+WORDS = ("kleine", "modelle", "lernen", "漢é", "von", "ééé", "na\n", "漢", "x")
 
 
-def letters_tokeniser(folder: Path, letters: str = LETTERS) -> Path:
+def letters_tokeniser(folder: Path, letters: str) -> Path:
     """A folder with a ``tokenizer.json`` in which each letter is a token; the last one ends a text."""
     tokenizers = pytest.importorskip("tokenizers", reason="the package tokenizers is not installed")
     vocabulary = {letter: number for number, letter in enumerate(letters)}
@@ -110,3 +115,27 @@ def tiny_language_config(**train):
     config.checkpoint.every = 4
     config.log.update(every=1, eval_every=0, sample={"tokens": 8, "temperature": 0.7})
     return config
+
+
+def letters_config(folder: Path):
+    """The same on words, whose tokens are the letters of a ``tokenizer.json`` in ``folder/tokeniser``: 33 ids."""
+    letters_tokeniser(folder / "tokeniser", LETTERS + ";")
+    rng = random.Random(1)
+    for name, count in (("train", 800), ("test", 200)):
+        (folder / f"{name}.txt").write_text(" ".join(rng.choice(WORDS) for _ in range(count)))
+    config = tiny_language_config()
+    config.data.update(name=f"text:{folder}/train.txt", tokeniser=str(folder / "tokeniser"))
+    config.data.options = {"test": f"{folder}/test.txt"}
+    return config
+
+
+def decoder_folder(folder: Path, tokeniser: Path | None = None, *, seed: int = 0, dtype=jnp.float32, **sizes):
+    """A decoder of random weights in the layout of Hugging Face, and its variables in ``dtype``, as they are kept."""
+    tiny = {"vocabulary": 33, "width": 16, "layers": 1, "heads": 2, "head_dim": 8, "mlp_width": 32, "context": 32}
+    tiny |= sizes
+    config = DecoderConfig(**{"kv_heads": tiny["heads"], **tiny})
+    variables = make_decoder(config).init(jax.random.key(seed))
+    noise = lambda x: (x + 0.1 * jax.random.normal(jax.random.key(1), x.shape)).astype(dtype)
+    variables = jax.tree.map(noise, variables)
+    huggingface.save(folder, variables, config, tokeniser_folder=tokeniser, dtype=dtype)
+    return folder, variables

@@ -210,14 +210,16 @@ def test_a_signal_is_walked_over_with_the_student():
 
 
 @pytest.mark.parametrize(
-    ("batch", "tokens", "classes", "ways", "per_chunk", "expected"),
+    ("batch", "tokens", "classes", "axes", "per_chunk", "expected"),
     [
-        (1, 4096, 32768, 1, 0, 16),
-        (2, 4096, 32768, 2, 0, 16),
-        (1, 4096, 257, 1, 0, 1),
-        (4, 12, 8, 1, 10, 6),
-        (1, 7, 8, 1, 2, 7),
+        (1, 4096, 32768, None, 0, 16),
+        (2, 4096, 32768, {"data": 2}, 0, 16),
+        (2, 4096, 32768, {"data": 2, "tensor": 4}, 0, 4),
+        (1, 4096, 257, None, 0, 1),
+        (4, 12, 8, None, 10, 6),
+        (1, 7, 8, None, 2, 7),
     ],
 )
-def test_chunk_count(batch, tokens, classes, ways, per_chunk, expected):
-    assert chunks.chunk_count(batch, tokens, classes, ways, per_chunk) == expected
+def test_chunk_count(batch, tokens, classes, axes, per_chunk, expected):
+    layout = axes and Layout(sharding.make_mesh(axes), ("data",))
+    assert chunks.chunk_count(batch, tokens, classes, layout, per_chunk) == expected

@@ -144,7 +144,8 @@ def abstract(experiment: Any) -> tuple[Any, Any, Any]:
     """The distilled student's arm, its state and its teachers' weights, in the dtype in which they are loaded."""
     arm = build.make_arm(experiment, DISTILLED)
     teachers = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16, sharding=x.sharding), program.abstract_teachers(experiment)
+        lambda x: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16, sharding=x.sharding),
+        program.abstract_teachers(experiment),
     )
     return arm, train.abstract_state(arm, experiment.mesh), teachers
 
@@ -155,7 +156,9 @@ def size(tree: Any) -> int:
 
 @pytest.mark.parametrize("file", VARIANTS)
 def test_variants_resolve_and_differ(file):
-    found = {variant: configs.resolve(config_of(f"{file}:{variant}" if variant else file)) for variant in VARIANTS[file]}
+    found = {
+        variant: configs.resolve(config_of(f"{file}:{variant}" if variant else file)) for variant in VARIANTS[file]
+    }
     assert len({configs.sha256(config) for config in found.values()}) == len(VARIANTS[file])
     with pytest.raises(UserError, match=VARIANTS[file][-1]):
         config_of(f"{file}:no_such_variant")
@@ -207,7 +210,9 @@ def shapes(text: str) -> Iterator[tuple[str, tuple[int, ...]]]:
 
 
 # The pruned student is a decoder like any other once it has begun.
-@pytest.mark.parametrize("case", [case for case in CASES if case.name != "lm_llama31_8b_1b:pruned"], ids=lambda c: c.name)
+@pytest.mark.parametrize(
+    "case", [case for case in CASES if case.name != "lm_llama31_8b_1b:pruned"], ids=lambda c: c.name
+)
 def test_step_compiles_and_never_holds_the_logits_of_all_tokens(case, models, monkeypatch):
     experiment = experiment_of(case, models)
     config, mesh = experiment.config, experiment.mesh

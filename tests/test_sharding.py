@@ -107,7 +107,9 @@ def test_fsdp_splits_the_same_dimension_on_a_mesh_without_tensor():
         assert sharding.by_rules(leaf, mesh, (("", "tensor:-2"),)).spec == PartitionSpec()
 
 
-@pytest.mark.parametrize("tactic", ["tensor", "tensor:", "tensor:x", "tensor:-1+tensor", "fsdp+tensor:-1", "tensor:-1 "])
+@pytest.mark.parametrize(
+    "tactic", ["tensor", "tensor:", "tensor:x", "tensor:-1+tensor", "fsdp+tensor:-1", "tensor:-1 "]
+)
 def test_other_tensor_tactics_are_refused(tactic):
     with pytest.raises(UserError, match="tensor:DIMENSION"):
         sharding.by_rules({"x": jnp.zeros(3)}, sharding.make_mesh(ON_BOTH), ((".*", tactic),))

@@ -16,6 +16,7 @@ from rich.table import Table
 
 from kdjax import build, results
 from kdjax import config as configs
+from kdjax import experiment as experiments
 from kdjax.errors import UserError, unknown
 from kdjax.experiment import ALONE, DISTILLED, MAIN, STUDENTS
 from kdjax.recipes import bench_loss, bench_population, bench_signals, bench_step, bench_taps, distill
@@ -165,6 +166,7 @@ def omitted(config: ConfigDict, workdir: Path, *, seeds: int = SEEDS) -> Found:
 
 def _omitted_once(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     experiment = build.prepare(config)
+    experiments.refuse_language(experiment, "kdjax bench omitted")
     (train, test), omit = (experiment.dataset.train, experiment.dataset.test), config.data.omit_class
     if not (test.labels == omit).any():
         raise UserError(f"data.omit_class={omit} has no test example: nothing can be measured, so omit another class.")

@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 
 from kdjax import build, train
 from kdjax import config as configs
+from kdjax import experiment as experiments
 from kdjax.errors import UserError
 from kdjax.experiment import DISTILLED, Experiment
 from kdjax.model import Model, Params, Variables, parameter_count
@@ -81,6 +82,7 @@ def measure(config: ConfigDict, members: int = MEMBERS) -> dict[str, Any]:
         raise UserError(f"a population of {members} shares its teacher with nobody: give --seeds of 2 or more.")
     many = _members(plain(config), members, RATES if members % 2 == 0 else RATES[:1])
     experiment = build.prepare(many.template)
+    experiments.refuse_language(experiment, "kdjax bench population")
     goal = build.make_arm(experiment, DISTILLED).stages[0].objective
     if goal is None or not goal.uses_teacher:
         raise UserError("a population shares its teacher and no loss asks one: set a weight, such as losses.kl.weight.")

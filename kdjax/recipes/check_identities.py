@@ -89,8 +89,8 @@ def of_terms(experiment: Experiment, arm: train.Arm, variables: Variables) -> li
             found[-1] = found[-1]._replace(name=found[-1].name + where)
         last = [unmoved_by_padding(goal, *given, equal, padded=experiment.task.padded)]
         if setting.sequences:
-            goals = [one._replace(hparams=goal.hparams) for one in _dense_and_chunked(experiment, number, batch)]
-            last.append(unmoved_by_chunks(*goals, *given, equal))
+            dense, chunked = _dense_and_chunked(experiment, number, batch)
+            last.append(unmoved_by_chunks(dense._replace(hparams=goal.hparams), chunked, *given, equal))
         found += [check._replace(name=check.name + where) for check in last]
     return found
 
@@ -98,7 +98,7 @@ def of_terms(experiment: Experiment, arm: train.Arm, variables: Variables) -> li
 def zero_when_equal(
     goal: Objective, student: Model, variables: Variables, others: Variables, batch: Batch, dtype: str = "float32"
 ) -> Check:
-    """A student that equals its teacher has no loss and no gradient, under jit, with logits in ``dtype``.
+    """A student that equals its teacher has no loss and no gradient, under jit, with outputs in ``dtype``.
 
     Args:
       goal: terms that compare with the teacher.
@@ -106,12 +106,15 @@ def zero_when_equal(
       variables: its weights, which are the teacher's too.
       others: other weights of the same model: the teacher that gives the yardstick.
       batch: normalised ``inputs`` and ``labels``.
-      dtype: what both models' logits are rounded to.
+      dtype: what both models' logits, or hidden states and heads, are rounded to.
     """
 
-    def apply(variables: Variables, inputs: Array, **options: Any) -> tuple[Outputs, Any]:
+    def apply(variables: Variables, inputs: Any, **options: Any) -> tuple[Outputs, Any]:
         outputs, state = student.apply(variables, inputs, **options)
-        return outputs._replace(logits=outputs.logits.astype(dtype)), state
+        if outputs.head is None:
+            return outputs._replace(logits=outputs.logits.astype(dtype)), state
+        head = dataclasses.replace(outputs.head, dtype=jnp.dtype(dtype))
+        return outputs._replace(hidden=outputs.hidden.astype(dtype), head=head), state
 
     rounded = student._replace(apply=apply)
 
@@ -141,10 +144,14 @@ def unmoved_by_splitting(
     batch: Batch,
     equal: float = EQUAL["float32"],
 ) -> Check:
-    """Two accumulated parts of a batch give the loss and the gradient of the whole, with labels hidden unevenly."""
+    """Two accumulated parts of a batch give the loss and the gradient of the whole, with labels, and of sequences
+    targets, hidden unevenly."""
     place = jnp.arange(len(batch["labels"]))
     hidden = (place % 2 == 0) & (place > 0)  # the first part keeps one label, the second all
+    hidden = hidden.reshape(-1, *(1,) * (batch["labels"].ndim - 1))
     batch = {**batch, "labels": jnp.where(hidden, -1, batch["labels"])}
+    if "mask" in batch:
+        batch["mask"] = jnp.where(hidden, 0.0, batch["mask"])
 
     @jax.jit
     def measure(variables, teacher_variables, batch, hparams):
@@ -167,23 +174,58 @@ def unmoved_by_padding(
     teacher_variables: Mapping[str, Variables],
     batch: Batch,
     equal: float = EQUAL["float32"],
+    *,
+    padded: Callable[[Batch], tuple[Batch, Batch]] = classification.padded,
 ) -> Check:
-    """Masked examples, whatever is in them, change neither the loss nor the gradient."""
+    """Padding changes neither the loss nor the gradient, whatever is in it: ``padded`` is that of a module of
+    ``kdjax.tasks``, which gives two batches that differ in padding alone."""
 
     @jax.jit
     def measure(variables, teacher_variables, batch, hparams):
-        rubbish = {**batch, "inputs": 3.0 - batch["inputs"], "labels": jnp.roll(batch["labels"], 1)}
-        padded = {name: jnp.concatenate([batch[name], rubbish[name]]) for name in batch}
-        padded["mask"] = jnp.concatenate([jnp.ones(len(batch["labels"])), jnp.zeros(len(batch["labels"]))])
         parts = [
             _loss_and_gradient(goal, student, teachers, variables, teacher_variables, each, hparams)
-            for each in (batch, padded)
+            for each in padded(batch)
         ]
         return _difference(*parts)
 
     value = float(measure(variables, teacher_variables, batch, goal.hparams))
-    meaning = f"change of loss and gradient when as many masked examples are added, relative (at most {equal:g})"
+    meaning = f"change of loss and gradient with other padding and as much more of it, relative (at most {equal:g})"
     return Check("padding changes nothing", value <= equal, value, meaning)
+
+
+def unmoved_by_chunks(
+    dense: Objective,
+    chunked: Objective,
+    student: Model,
+    teachers: Mapping[str, Model],
+    variables: Variables,
+    teacher_variables: Mapping[str, Variables],
+    batch: Batch,
+    equal: float = EQUAL["float32"],
+) -> Check:
+    """A loss whose logits are made chunk by chunk has the value and the gradient of the one that makes them at once."""
+
+    @jax.jit
+    def measure(variables, teacher_variables, batch, hparams):
+        parts = [
+            _loss_and_gradient(goal, student, teachers, variables, teacher_variables, batch, hparams)
+            for goal in (dense, chunked)
+        ]
+        return _difference(*parts)
+
+    value = float(measure(variables, teacher_variables, batch, dense.hparams))
+    meaning = f"change of loss and gradient between one chunk of tokens and {CHUNKS}, relative (at most {equal:g})"
+    return Check("chunks give the dense loss", value <= equal, value, meaning)
+
+
+def start(arm: train.Arm, mesh: Mesh) -> Variables:
+    """The random weights of an arm's model, on their shardings; what else belongs to its state takes no memory."""
+    state = train.abstract_state(arm, mesh)
+    shardings = jax.tree.map(lambda x: x.sharding, _variables(state))
+    return jax.jit(lambda keys: _variables(arm.create(keys)), out_shardings=shardings)(arm.keys)
+
+
+# ------------------------------------------------------------------------------------------------ what is compared
 
 
 def _loss_and_gradient(
@@ -218,24 +260,54 @@ def _difference(one: tuple[Array, Params], other: tuple[Array, Params]) -> Array
     return jnp.maximum(losses, apart)
 
 
+def _variables(state: TrainState) -> Variables:
+    return {"params": state.params, "state": state.model_state}
+
+
 def _small_batch(experiment: Experiment, arm: train.Arm) -> Batch:
-    """Some examples, normalised and not augmented: as many as two parts on each device divide."""
-    unit = 2 * experiment.mesh.size
+    """Some examples, normalised and not augmented: as many as two parts on each device divide; of each sequence its
+    beginning."""
+    unit = 2 * sharding.batch_ways(experiment.mesh)
     size = max(min(arm.batch_size, EXAMPLES) // unit, 1) * unit
     split = experiment.student_train
-    ids = (np.arange(size) % len(split.labels)).astype(np.int32)
+    ids = (np.arange(size) % pipeline.length(split)).astype(np.int32)
     raw = pipeline.gather(split, ids, np.zeros_like(ids))
-    return jax.jit(classification.make_normalise(experiment.dataset))(sharding.put_batch(raw, experiment.mesh))
+    if experiment.signals:
+        raw = next(language.with_signals(iter([raw]), experiment.signals))
+    normalise = experiment.task.make_normalise(experiment.dataset)
+
+    @jax.jit
+    def prepared(raw: Any) -> Any:
+        batch = normalise(raw)
+        if batch["labels"].ndim == 1:
+            return batch
+        return jax.tree.map(lambda x: x[:, :TOKENS] if x.ndim > 1 else x, batch)
+
+    return prepared(sharding.put_batch(raw, experiment.mesh))
 
 
-def _hparams_of(stage: train.Stage, arm: train.Arm, state: TrainState, mesh: Mesh) -> dict[str, float]:
+def _dense_and_chunked(experiment: Experiment, number: int, batch: Batch) -> list[Objective]:
+    """The objective of a stage with all tokens of the batch in one chunk, and in several."""
+    tokens = batch["labels"].size
+    found = []
+    for most in (tokens, max(tokens // sharding.batch_ways(experiment.mesh) // CHUNKS, 1)):
+        config = ConfigDict(experiment.config.to_dict(), type_safe=False)
+        config.train.tokens_per_chunk = most
+        goal = build.make_arm(experiment._replace(config=config), DISTILLED).stages[number].objective
+        assert goal is not None, "make_arm gives every stage its objective"
+        found.append(goal)
+    return found
+
+
+def _hparams_of(stage: train.Stage, arm: train.Arm, mesh: Mesh) -> dict[str, float]:
     """The hyperparameters as used at a stage's first step; the compiler drops all else that the step would compute."""
 
     @jax.jit
-    def values(state, teachers, batch, hparams):
+    def values(keys, teachers, batch, hparams):
+        state = arm.create(keys)
+        state = state._replace(step=jnp.full_like(state.step, stage.start))
         found = stage.step(state, teachers, batch, hparams)[1]
         return {name.removeprefix(HPARAMS): pair[0] for name, pair in found.items() if name.startswith(HPARAMS)}
 
     batch = sharding.put_batch(next(arm.batches(0)), mesh)
-    at_start = state._replace(step=jnp.full_like(state.step, stage.start))
-    return {key: float(value) for key, value in values(at_start, arm.teacher_variables, batch, stage.hparams).items()}
+    return {key: float(value) for key, value in values(arm.keys, arm.teacher_variables, batch, stage.hparams).items()}

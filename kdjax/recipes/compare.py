@@ -80,6 +80,7 @@ def run(
     if grid:
         population.make_members(config, 1, grid)  # refuses a key that is not traced before anything runs
     experiment = build.prepare(config)
+    experiments.refuse_language(experiment, "a comparison")
     experiments.refuse_chain(experiment, "a comparison")
     if experiment.config.student.reuse_classifier:
         raise UserError(

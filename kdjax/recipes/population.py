@@ -136,6 +136,7 @@ def run(
     """
     members = make_members(configs.resolve(config), seeds, grid or {})
     experiment = build.prepare(members.template)
+    experiments.refuse_language(experiment, "a population")
     experiments.refuse_chain(experiment, "a population")
     with distill.claimed(workdir, experiment.config):
         taught = distill.obtain_teachers(experiment, workdir, say=say)

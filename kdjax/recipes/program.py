@@ -13,6 +13,7 @@ from kdjax import build, sharding, train
 from kdjax import experiment as experiments
 from kdjax.experiment import Experiment
 from kdjax.model import Variables
+from kdjax.tasks import language
 
 
 class Program(NamedTuple):
@@ -63,10 +64,14 @@ def in_one_part(experiment: Experiment) -> Experiment:
 
 def abstract_teachers(experiment: Experiment) -> dict[str, Variables]:
     """The shapes, dtypes and shardings of all teachers' weights."""
-    shapes = {
-        name: jax.eval_shape(model.init, jax.random.key(0)) for name, model in experiments.asked(experiment).items()
-    }
-    placed = sharding.by_rules(shapes, experiment.mesh, experiment.config.sharding.teacher)
+    config = experiment.config
+    shapes = {}
+    for name, model in experiments.asked(experiment).items():
+        shapes[name] = jax.eval_shape(model.init, jax.random.key(0))
+        if language.is_folder(experiments.init_of(config, name)):  # loaded in the dtype of the computation
+            cast = lambda x: jax.ShapeDtypeStruct(x.shape, config.train.dtype)
+            shapes[name] = jax.tree.map(cast, shapes[name])
+    placed = sharding.by_rules(shapes, experiment.mesh, config.sharding.teacher)
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, placed)
 
 

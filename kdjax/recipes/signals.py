@@ -25,6 +25,7 @@ from kdjax.experiment import MAIN, Experiment
 from kdjax.losses import sparse
 from kdjax.model import Array, Variables, logits_of
 from kdjax.recipes import distill
+from kdjax.tasks import language
 
 FOLDER = "cache"  # in the workdir
 _RECORD, _SHARD = 100, 2**17  # bytes of an ArrayRecord file beside its payloads, at most, as measured
@@ -141,8 +142,7 @@ def _ask(experiment: Experiment, manifest: Manifest) -> Callable[[Variables, Any
         ids = batch["id"]
         outputs = model.apply(variables, normalise(batch)["inputs"], train=False)[0]
         b, t, _ = outputs.hidden.shape
-        ways = sharding.batch_ways(mesh)
-        count = chunks.chunk_count(b, t, experiment.classes, ways, config.train.tokens_per_chunk)
+        count = chunks.chunk_count(b, t, experiment.classes, language.layout_of(mesh), config.train.tokens_per_chunk)
         size = t // count
 
         def chunk(number: Array) -> dict[str, Array]:

@@ -7,5 +7,6 @@
 - ``inputs(dataset, batch_size)``: the shapes of what a model takes;
 - ``setting(config, mesh)``: what the objective must know besides;
 - ``make_preprocess(dataset, augment)`` and ``make_normalise(dataset)``: from a batch of the data to one of the models;
+- ``padded(batch)``: two batches of the models that differ in padding alone;
 - ``make_accuracy(model, dataset, mesh, batch_size)``: ``variables -> share of right answers`` on the test split.
 """

@@ -104,6 +104,15 @@ def make_normalise(dataset: Dataset) -> Callable[[Batch], dict[str, Array]]:
     return lambda batch: {**batch, "inputs": augment.normalise(batch["inputs"], dataset.mean, dataset.std)}
 
 
+def padded(batch: Batch) -> tuple[Batch, Batch]:
+    """Two batches that differ in padding alone: a normalised one, and the same with as many masked examples of other
+    content."""
+    size = len(batch["labels"])
+    other = {**batch, "inputs": 3.0 - batch["inputs"], "labels": jnp.roll(batch["labels"], 1)}
+    both = {name: jnp.concatenate([batch[name], other[name]]) for name in batch}
+    return batch, {**both, "mask": (jnp.arange(2 * size) < size).astype(jnp.float32)}
+
+
 def make_score(model: Model, dataset: Dataset, mesh: Mesh, batch_size: int) -> Callable[[Variables, Split], np.ndarray]:
     """``score(variables, split) -> logits`` [examples, classes] float32 on the host, in the split's order.
 

@@ -40,6 +40,8 @@ def load(config: ConfigDict, dataset: TextDataset | None = None) -> TextDataset:
         raise UserError("data.curriculum is for classification: set data.curriculum.pacing to none.")
     if config.data.labels != 1.0 or config.teacher.labels != 1.0 or config.data.omit_class != -1:
         raise UserError("data.labels, teacher.labels and data.omit_class are for classification: leave them out.")
+    if config.peers:
+        raise UserError("peers are for classification: leave them out for a language model.")
     if config.teacher.combine == "routed":
         raise UserError('teacher.combine="routed" is for classification: combine the teachers otherwise.')
     place = config.student.init
@@ -234,8 +236,12 @@ def inputs(dataset: TextDataset, batch_size: int) -> Any:
 
 def setting(config: ConfigDict, mesh: Mesh) -> dict[str, Any]:
     """What the objective must know besides (``objective.Setting``)."""
-    layout = Layout(mesh, sharding.batch_axes(mesh)) if mesh.size > 1 else None
-    return {"sequences": True, "tokens_per_chunk": config.train.tokens_per_chunk, "layout": layout}
+    return {"sequences": True, "tokens_per_chunk": config.train.tokens_per_chunk, "layout": layout_of(mesh)}
+
+
+def layout_of(mesh: Mesh) -> Layout | None:
+    """How the positions of a batch lie on the mesh; ``None`` for one device."""
+    return Layout(mesh, sharding.batch_axes(mesh)) if mesh.size > 1 else None
 
 
 def make_preprocess(dataset: TextDataset, augment: Mapping[str, Any]) -> Callable[[Batch, Array], Batch]:
@@ -277,6 +283,24 @@ def positions_of(segments: Array) -> Array:
     places = jnp.broadcast_to(jnp.arange(segments.shape[1], dtype=jnp.int32), segments.shape)
     begins = jnp.concatenate([jnp.ones_like(segments[:, :1], bool), segments[:, 1:] != segments[:, :-1]], axis=1)
     return places - jax.lax.cummax(jnp.where(begins, places, 0), axis=1)
+
+
+def padded(batch: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Two batches that differ in padding alone, made of a normalised one whose windows begin with padding: a quarter,
+    since padding that ends a window would be out of causal attention's sight. Beside it, the same with other content in
+    the padding and as many masked windows."""
+    inputs, labels = batch["inputs"], batch["labels"]
+    outside = jnp.broadcast_to(jnp.arange(labels.shape[1]) < labels.shape[1] // 4, labels.shape)
+    segments = jnp.where(outside, 0, inputs["segments"])
+    inputs = {**inputs, "segments": segments, "positions": positions_of(segments)}
+    common = {**batch, "inputs": inputs, "segments": segments, "mask": jnp.where(outside, 0.0, batch["mask"])}
+    tokens = inputs["tokens"]
+    other = {**common, "inputs": {**inputs, "tokens": jnp.where(outside, jnp.roll(tokens, 1), tokens)}}
+    masked = {**common, "inputs": {**inputs, "tokens": tokens[:, ::-1]}, "labels": jnp.roll(labels, 1)}
+    masked["mask"] = jnp.zeros_like(batch["mask"])
+    plain = {**common, "inputs": {**inputs, "tokens": jnp.where(outside, 0, tokens)}}
+    plain["labels"] = jnp.where(outside, -1, labels)
+    return plain, jax.tree.map(lambda x, y: jnp.concatenate([x, y]), other, masked)
 
 
 # ------------------------------------------------------------------------------------------------- cached signals
@@ -332,7 +356,7 @@ def make_evaluate(
     Without a ``model`` the scores are those of what the teachers say together.
     """
     teachers, normalise = teachers or {}, make_normalise(dataset)
-    layout = Layout(mesh, sharding.batch_axes(mesh)) if mesh.size > 1 else None
+    layout = layout_of(mesh)
 
     def sums_of(positions: Positions, shared: Any) -> dict[str, Array]:
         labels, mask = positions.batch["labels"], positions.batch["mask"]
@@ -358,9 +382,8 @@ def make_evaluate(
         taught = tuple(said(teachers[name], teacher_variables[name]) for name in teachers)
         student = taught[0] if model is None else said(model, variables)
         positions = Positions(student, taught, None, {name: batch[name] for name in ("labels", "mask")})
-        ways = layout.ways if layout else 1
         b, t = batch["labels"].shape
-        count = chunks.chunk_count(b, t, student.head.size, ways, tokens_per_chunk)
+        count = chunks.chunk_count(b, t, student.head.size, layout, tokens_per_chunk)
         _, sums = chunks.weighted_sums(sums_of, {}, positions, {}, count, layout)
         counted = {"tokens": jnp.sum(batch["mask"]), "bytes": jnp.sum(batch["mask"] * batch["bytes"])}
         return sums | counted

@@ -16,7 +16,7 @@ from kdjax.errors import UserError
 from kdjax.experiment import MAIN
 from kdjax.model import Model, Outputs
 from kdjax.objective import Objective, make_objective
-from kdjax.recipes import check, distill, program
+from kdjax.recipes import check, check_identities, check_models, distill, program
 
 FAST = [
     "--config.teacher.steps=60",
@@ -99,7 +99,7 @@ def test_a_teacher_of_other_images_or_classes_fails(teacher, kind):
         change = lambda split: split._replace(labels=((split.labels + 3) % 10).astype(np.int32))
     wrong = right._replace(train=change(right.train), test=change(right.test))
     experiment = build.prepare(_config(f"teacher.init={teacher}"), wrong)
-    found = check.teacher_knows(experiment, MAIN, experiments.load_teacher(experiment, MAIN))
+    found = check_models.teacher_knows(experiment, MAIN, experiments.load_teacher(experiment, MAIN))
     assert found.ok is False and "preprocessing" in found.meaning
 
 
@@ -107,14 +107,14 @@ def test_an_untrained_teacher_fails(tmp_path):
     config = _config("teacher.steps=1", "teacher.optimizer.learning_rate=1e-9")
     distill.run_one(config, tmp_path, "teacher", say=lambda _: None)
     experiment = build.prepare(_config(f"teacher.init={tmp_path}"))
-    found = check.teacher_knows(experiment, MAIN, experiments.load_teacher(experiment, MAIN))
+    found = check_models.teacher_knows(experiment, MAIN, experiments.load_teacher(experiment, MAIN))
     assert found.ok is False and found.value < 0.3
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("name", ["kl", "reverse_kl", "js", "skew_kl", "skew_reverse_kl", "logits_mse"])
 def test_every_term_is_zero_at_the_teacher(parts, name, dtype):
-    found = check.zero_when_equal(make_objective({name: {"weight": 1.0}}), *parts, dtype)
+    found = check_identities.zero_when_equal(make_objective({name: {"weight": 1.0}}), *parts, dtype)
     assert found.ok, found
 
 
@@ -130,13 +130,13 @@ def test_every_term_is_zero_at_the_teacher(parts, name, dtype):
 )
 def test_a_term_that_is_not_zero_at_the_teacher_fails(parts, loss):
     broken = _replaced(make_objective({"kl": {"weight": 1.0}}), loss)
-    assert check.zero_when_equal(broken, *parts).ok is False
+    assert check_identities.zero_when_equal(broken, *parts).ok is False
 
 
 def test_a_loss_that_is_the_mean_of_its_parts_fails(parts):
     model, variables, others, batch = parts
     goal = make_objective({"kl": {"weight": 1.0}, "ce": {"weight": 1.0}})
-    run = partial(check.unmoved_by_splitting, student=model, teachers={MAIN: model})
+    run = partial(check_identities.unmoved_by_splitting, student=model, teachers={MAIN: model})
     run = partial(run, variables=variables, teacher_variables={MAIN: others}, batch=batch)
     assert run(goal).ok
 
@@ -150,7 +150,7 @@ def test_a_loss_that_is_the_mean_of_its_parts_fails(parts):
 def test_a_loss_that_sees_the_padding_fails(parts):
     model, variables, others, batch = parts
     goal = make_objective({"kl": {"weight": 1.0}})
-    run = partial(check.unmoved_by_padding, student=model, teachers={MAIN: model})
+    run = partial(check_identities.unmoved_by_padding, student=model, teachers={MAIN: model})
     run = partial(run, variables=variables, teacher_variables={MAIN: others}, batch=batch)
     assert run(goal).ok
     unmasked = _replaced(goal, lambda s, t, batch, counts: jnp.sum(losses.kl(s, t)) / counts["kl"])
@@ -160,8 +160,8 @@ def test_a_loss_that_sees_the_padding_fails(parts):
 def test_class_counts_that_differ_fail():
     experiment = build.prepare(_config())
     fewer = experiment._replace(dataset=experiment.dataset._replace(class_names=experiment.dataset.class_names[:9]))
-    assert check.fits_together(experiment).ok
-    assert check.fits_together(fewer).ok is False
+    assert check_models.fits_together(experiment).ok
+    assert check_models.fits_together(fewer).ok is False
 
 
 def test_a_step_that_does_not_fit_fails(monkeypatch, capsys):
