@@ -100,7 +100,7 @@ def tiny_language_config(**train):
     config = configs.default()
     config.task = "language"
     config.data.update(
-        name="stdlib", options={"modules": "a*.py"}, context=32, batch_size=8, eval_batch_size=256
+        name="stdlib", options={"modules": "si*.py"}, context=32, batch_size=8, eval_batch_size=256
     )
     sizes = {"width": 16, "heads": 2, "mlp_width": 32}
     config.teacher.update(name="decoder", epochs=0, steps=6)

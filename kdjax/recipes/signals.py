@@ -7,6 +7,7 @@ gives is to the bit what an undisturbed one gives.
 import importlib.metadata
 import shutil
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from ml_collections import ConfigDict
 from rich.table import Table
 
 from kdjax import build, checkpoint, chunks, results, sharding, train
-from kdjax.data import cache, pipeline
+from kdjax.data import cache, pipeline, signal_codec
 from kdjax.data.cache import Manifest, Summary
 from kdjax.errors import UserError, unknown
 from kdjax.experiment import MAIN, Experiment
@@ -83,7 +84,7 @@ def _manifest(experiment: Experiment, variables: Variables, placed: Variables) -
         some = next(_batches(experiment, [range(min(_batch_size(config), pipeline.length(dataset.train)))]))[1]
         log_probs = np.asarray(jax.device_get(_log_probs(experiment)(placed, some)))
         budget = config.cache.bytes_per_token - _framing(config, experiment)
-        width = cache.samples_within(log_probs, budget, config.cache.samples)
+        width = signal_codec.samples_within(log_probs, budget, config.cache.samples)
     return Manifest(
         form=config.cache.form,
         width=width,
@@ -169,15 +170,15 @@ def _write(
     if 0 < len(missing) < shards:
         say(f"{folder}: going on, {len(missing)} of {shards} shards are missing.")
 
+    encode = partial(signal_codec.encode_top_k, vocabulary=manifest.vocabulary)
+    if manifest.form == "sample":
+        encode = partial(signal_codec.encode_sample, samples=manifest.width, vocabulary=manifest.vocabulary)
+
     def records(number: int) -> Iterator[tuple[int, bytes]]:
         for ids, batch in _batches(experiment, [cache.shard_examples(manifest, number)]):
             found = jax.device_get(ask(variables, batch))
             for row, example in enumerate(ids):
-                one = {name: value[row] for name, value in found.items()}
-                if manifest.form == "top_k":
-                    yield example, cache.encode_top_k(**one, vocabulary=manifest.vocabulary)
-                else:
-                    yield example, cache.encode_sample(**one, samples=manifest.width, vocabulary=manifest.vocabulary)
+                yield example, encode(**{name: value[row] for name, value in found.items()})
 
     for number in map(int, missing):
         if number % jax.process_count() == jax.process_index():

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 
-from kdjax.data import cache
+from kdjax.data import cache, signal_codec
 from kdjax.errors import UserError
 
 ROOT = Path(__file__).parents[2]
@@ -46,8 +46,8 @@ def signals_of(manifest, example):
 def payload_of(manifest, example):
     ids, log_probs, log_rest, log_sum = signals_of(manifest, example)
     if manifest.form == "sample":
-        return cache.encode_sample(ids, log_probs, samples=manifest.width, vocabulary=manifest.vocabulary)
-    return cache.encode_top_k(ids, log_probs, log_rest, log_sum, vocabulary=manifest.vocabulary)
+        return signal_codec.encode_sample(ids, log_probs, samples=manifest.width, vocabulary=manifest.vocabulary)
+    return signal_codec.encode_top_k(ids, log_probs, log_rest, log_sum, vocabulary=manifest.vocabulary)
 
 
 def records(manifest, number):
@@ -108,16 +108,16 @@ def test_top_k_takes_at_most_six_bytes_a_class_and_eight_more(vocabulary, id_byt
     log_probs = -rng.exponential(5.0, (7, 50)).astype(np.float32)
     log_probs[1, :4] = 0.0, -1e-6, -np.inf, -1e6
     log_rest, log_sum = np.array([-np.inf, *rng.standard_normal(6)]), rng.standard_normal(7)
-    payload = cache.encode_top_k(ids, log_probs, log_rest, log_sum, vocabulary=vocabulary)
+    payload = signal_codec.encode_top_k(ids, log_probs, log_rest, log_sum, vocabulary=vocabulary)
     assert len(payload) == 7 * ((id_bytes + 2) * 50 + 8) <= 7 * (6 * 50 + 8)
-    got = cache.decode_top_k([payload, payload], positions=7, k=50, vocabulary=vocabulary)
+    got = signal_codec.decode_top_k([payload, payload], positions=7, k=50, vocabulary=vocabulary)
     for half in (0, 1):
         np.testing.assert_array_equal(got["ids"][half], ids)
         log_probs[1, 3] = -np.inf  # below what float16 holds
         np.testing.assert_allclose(got["log_probs"][half], log_probs, rtol=2.0**-11, atol=2.0**-25)
         np.testing.assert_array_equal(got["log_rest"][half], log_rest.astype(np.float32))
         np.testing.assert_array_equal(got["log_sum"][half], log_sum.astype(np.float32))
-    transposed = cache.encode_top_k(
+    transposed = signal_codec.encode_top_k(
         np.asfortranarray(ids), log_probs.T.copy().T, log_rest, log_sum, vocabulary=vocabulary
     )
     assert transposed == payload
@@ -129,9 +129,9 @@ def test_a_sample_takes_one_byte_and_three_or_four_a_distinct_class(vocabulary, 
     counts = np.array([[63, 0, 0, 0], [1, 62, 0, 0], [1, 1, 1, 60]])
     with np.errstate(divide="ignore"):
         log_probs = np.log(counts / 63)
-    payload = cache.encode_sample(ids, log_probs, samples=63, vocabulary=vocabulary)
+    payload = signal_codec.encode_sample(ids, log_probs, samples=63, vocabulary=vocabulary)
     assert len(payload) == 3 + entry_bytes * 7
-    got = cache.decode_sample([payload] * 2, positions=3, samples=63, vocabulary=vocabulary)
+    got = signal_codec.decode_sample([payload] * 2, positions=3, samples=63, vocabulary=vocabulary)
     assert got["ids"].shape == (2, 3, 63) and np.all(np.isneginf(got["log_rest"]))
     np.testing.assert_array_equal(got["ids"][1, :, :4], ids)
     np.testing.assert_allclose(got["log_probs"][1, :, :4], log_probs, rtol=1e-6)
@@ -144,7 +144,7 @@ def test_as_many_draws_as_the_budget_holds():
     logits = 4.0 * rng.standard_normal((40, 1000))
     logits[0, :500] = -np.inf
     log_probs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
-    draws = cache.samples_within(log_probs, 30.0)
+    draws = signal_codec.samples_within(log_probs, 30.0)
     assert 9 < draws < 50
 
     def payloads(draws):
@@ -152,21 +152,26 @@ def test_as_many_draws_as_the_budget_holds():
         for row in np.exp(log_probs):
             drawn = rng.choice(1000, (200, draws), p=row)
             for ids, counts in (np.unique(one, return_counts=True) for one in drawn):
-                sizes.append(len(cache.encode_sample([ids], [np.log(counts / draws)], samples=draws, vocabulary=1000)))
+                sizes.append(
+                    len(signal_codec.encode_sample([ids], [np.log(counts / draws)], samples=draws, vocabulary=1000))
+                )
         return np.array(sizes)
 
     sizes = payloads(draws)
     error = sizes.std() / math.sqrt(len(sizes))
     assert sizes.mean() < 30.0 + 4 * error
     assert payloads(draws + 1).mean() > 30.0 - 4 * error
-    assert cache.samples_within(log_probs, 1000.0) == 50 and cache.samples_within(log_probs, 1000.0, most=63) == 63
+    assert (
+        signal_codec.samples_within(log_probs, 1000.0) == 50
+        and signal_codec.samples_within(log_probs, 1000.0, most=63) == 63
+    )
     sure = np.where(np.arange(1000) == 3, 0.0, -np.inf)
-    assert cache.samples_within(sure, 4.0) == 50  # one class however often
-    assert cache.samples_within(np.full(1000, -math.log(1000)), 4.0) == 1
+    assert signal_codec.samples_within(sure, 4.0) == 50  # one class however often
+    assert signal_codec.samples_within(np.full(1000, -math.log(1000)), 4.0) == 1
     with pytest.raises(UserError, match="give at least 4"):
-        cache.samples_within(log_probs, 3.0)
+        signal_codec.samples_within(log_probs, 3.0)
     with pytest.raises(UserError, match="at most 63 draws"):
-        cache.samples_within(log_probs, most=64)
+        signal_codec.samples_within(log_probs, most=64)
 
 
 def test_verify_and_size_say_what_is_there(made):

@@ -1,6 +1,7 @@
 """The self-test of language models passes a healthy config, and fails each thing that it is there to catch."""
 
 import dataclasses
+import functools
 import json
 import shutil
 
@@ -63,15 +64,17 @@ def _with_cache(taught, folder):
     return build.prepare(_config(f"teacher.init={taught}", f"teacher.cache={folder}", *SIGNALS))
 
 
-def _random(experiment, seed=5):
-    return jax.jit(experiment.teachers[MAIN].init)(jax.random.key(seed))
+@functools.cache
+def _random():
+    """The weights of a teacher that learnt nothing."""
+    return jax.device_get(jax.jit(build.prepare(_config()).teachers[MAIN].init)(jax.random.key(5)))
 
 
 @pytest.fixture(scope="module")
 def parts():
     """Of a run with random weights: (goal, student, teachers, variables, teacher's variables, batch, experiment)."""
     experiment = build.prepare(_config())
-    taught = train.put_teachers({MAIN: _random(experiment)}, experiment.mesh, experiment.config.sharding.teacher)
+    taught = train.put_teachers({MAIN: _random()}, experiment.mesh, experiment.config.sharding.teacher)
     arm = build.make_arm(experiment, DISTILLED, taught)
     batch = check_identities._small_batch(experiment, arm)
     goal = arm.stages[0].objective
@@ -98,11 +101,11 @@ def _same(x):
 
 
 def test_a_healthy_config_passes_with_a_given_teacher(taught, capsys):
-    found = check.run(_config(f"teacher.init={taught}", "losses.top_k.weight=0.5"), json_output=True)
+    found = check.run(_config(f"teacher.init={taught}"), json_output=True)
     assert json.loads(capsys.readouterr().out)["ok"]
     by_name = {one.name: one for one in found}
     assert len(by_name) == len(found)
-    wanted = [f"{term}: student = teacher gives 0 in {d}" for term in ("kl", "top_k") for d in ("float32", "bfloat16")]
+    wanted = [f"kl: student = teacher gives 0 in {dtype}" for dtype in ("float32", "bfloat16")]
     wanted += ["classes and shapes agree", "two parts give the loss of the whole", "padding changes nothing"]
     wanted += ["chunks give the dense loss", "an untrained student guesses", "teacher knows such text"]
     wanted += ["teacher unchanged by a step", "memory of a step fits"]
@@ -148,7 +151,7 @@ def test_a_cache_of_other_data_is_refused(taught):
 def test_a_cache_of_another_teacher_fails(taught, drawn):
     for workdir in (taught, drawn):
         experiment = _with_cache(taught, workdir / "cache")
-        right, wrong = experiments.load_teacher(experiment, MAIN), _random(experiment)
+        right, wrong = experiments.load_teacher(experiment, MAIN), _random()
         assert check_cache.is_of_this_run(experiment, right).ok
         assert check_cache.is_of_this_run(experiment, wrong).ok is False
         assert check_cache.is_of_this_run(experiment, None).ok and "init" in (
@@ -177,7 +180,7 @@ def test_a_teacher_of_another_tokeniser_or_without_training_fails(taught):
     found = check_models.teacher_knows(experiment, MAIN, right)
     assert found.ok and 1.0 < found.value < 3.2
     assert check_models.teacher_knows(experiment, MAIN, None).ok is None
-    assert check_models.teacher_knows(experiment, MAIN, _random(experiment)).ok is False
+    assert check_models.teacher_knows(experiment, MAIN, _random()).ok is False
     embedding = jnp.roll(right["params"]["embed"]["embedding"], 1, axis=0)
     shifted = {**right, "params": {**right["params"], "embed": {"embedding": embedding}}}
     found = check_models.teacher_knows(experiment, MAIN, shifted)
@@ -218,61 +221,52 @@ def test_a_loss_of_tokens_that_are_not_aligned_fails(parts):
         experiment.mesh,
     )
     only_kl = goal._replace(hparams=goal.hparams | {"ce.weight": 0.0})
-    assert check_identities.zero_when_equal(only_kl, student, variables, others, batch).ok
 
     def shifted(student, teachers, *rest):
         moved = {name: one._replace(hidden=jnp.roll(one.hidden, 1, axis=1)) for name, one in teachers.items()}
         return goal.loss(student, moved, *rest)
 
     found = check_identities.zero_when_equal(only_kl._replace(loss=shifted), student, variables, others, batch)
-    assert found.ok is False
-    # Labels have no place where a student should equal its teacher.
-    assert check_identities.zero_when_equal(goal, student, variables, others, batch).ok is False
+    assert found.ok is False and np.isfinite(found.value)
 
 
 def test_a_loss_divided_by_the_tokens_of_its_part_fails(parts):
     goal, *given, _ = parts
-    assert check_identities.unmoved_by_splitting(goal, *given).ok
 
     def mean_of_parts(student, teachers, batch, hparams, counts, *rest):
         local = {name: 2.0 * count for name, count in goal.counts(batch).items()}
         whole = batch["labels"].shape[0] == len(given[-1]["labels"])
         return goal.loss(student, teachers, batch, hparams, counts if whole else local, *rest)
 
-    assert check_identities.unmoved_by_splitting(goal._replace(loss=mean_of_parts), *given).ok is False
+    found = check_identities.unmoved_by_splitting(goal._replace(loss=mean_of_parts), *given)
+    assert found.ok is False and np.isfinite(found.value)
 
 
-@pytest.mark.parametrize("kind", ["attention to padding", "masked windows", "masked tokens"])
+@pytest.mark.parametrize("kind", ["attention", "loss"])
 def test_what_sees_padding_fails(parts, kind):
     goal, student, teachers, *given, experiment = parts
-    run = lambda goal, student: check_identities.unmoved_by_padding(
-        goal, student, teachers, *given, padded=experiment.task.padded
-    )
-    assert run(goal, student).ok
-    if kind == "attention to padding":
+    if kind == "attention":
         student = _wrapped(student, (lambda inputs: {"tokens": inputs["tokens"]}, _same))
     else:
         loss = goal.loss
-
-        def unmasked(student, teachers, batch, *rest):
-            mask = batch["mask"]
-            kept = jnp.broadcast_to(mask.any(axis=1, keepdims=True), mask.shape).astype(jnp.float32)
-            mask = jnp.ones_like(mask) if kind == "masked windows" else kept
-            return loss(student, teachers, {**batch, "mask": mask}, *rest)
-
+        unmasked = lambda student, teachers, batch, *rest: loss(
+            student, teachers, {**batch, "mask": jnp.ones_like(batch["mask"])}, *rest
+        )
         goal = goal._replace(loss=unmasked)
-    assert run(goal, student).ok is False
+    padded = experiment.task.padded
+    found = check_identities.unmoved_by_padding(goal, student, teachers, *given, padded=padded)
+    assert found.ok is False and np.isfinite(found.value)
 
 
 def test_a_walk_that_misses_a_chunk_fails(parts):
     _, *given, experiment = parts
     dense, chunked = check_identities._dense_and_chunked(experiment, 0, given[-1])
-    assert check_identities.unmoved_by_chunks(dense, chunked, *given).ok
 
     def short(student, teachers, batch, *rest):
         return chunked.loss(student, teachers, {**batch, "mask": batch["mask"].at[:, 24:].set(0.0)}, *rest)
 
-    assert check_identities.unmoved_by_chunks(dense, chunked._replace(loss=short), *given).ok is False
+    found = check_identities.unmoved_by_chunks(dense, chunked._replace(loss=short), *given)
+    assert found.ok is False and np.isfinite(found.value)
     walks = ["length=4" in str(jax.make_jaxpr(lambda b, g=g: _loss(g, given, b))(given[-1])) for g in (dense, chunked)]
     assert walks == [False, True]
 

@@ -1,4 +1,4 @@
-"""Whole runs of language models: what they write, that they resume and begin exactly, and that no layout changes them."""
+"""Whole runs of language models: what they write, how they begin and resume, and that no layout changes them."""
 
 import json
 import math
@@ -102,17 +102,18 @@ def test_a_student_is_handed_over_as_transformers_reads_it(finished):
     workdir, found = finished
     experiment = build.prepare(tiny_language_config())
     dataset = experiment.dataset
+    taught = distill.obtain_teachers(experiment, workdir, say=QUIET)
     for arm in STUDENTS:
         folder = workdir / "huggingface" / arm
         model = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
         tokens = dataset.test.tokens[:, :-1].astype(np.int64)  # one document: nothing is padded but the end
         with torch.no_grad():
             theirs = model(torch.tensor(tokens)).logits.double()
-        ours = experiments.model_of(experiment, arm)
-        variables = distill.train_arm(experiment, DISTILLED, workdir, teachers=taught(experiment, workdir), say=QUIET)
-        if arm == DISTILLED:
-            logits = logits_of(ours.apply(variables.variables, {"tokens": jnp.asarray(tokens[:8])}, train=False)[0])
-            np.testing.assert_allclose(logits, theirs[:8].numpy(), atol=1e-4)
+        teachers = taught if arm == DISTILLED else {}
+        variables = distill.train_arm(experiment, arm, workdir, teachers=teachers, say=QUIET).variables
+        given = {"tokens": jnp.asarray(tokens[:8], jnp.int32)}
+        ours = logits_of(experiments.model_of(experiment, arm).apply(variables, given, train=False)[0])
+        np.testing.assert_allclose(ours, theirs[:8].numpy(), atol=1e-4)
         # The scores of the run, computed anew from what was handed over.
         assert dataset.test.segments.max() == 1
         wanted = torch.tensor(text.target_mask(dataset.test))
@@ -130,10 +131,6 @@ def test_a_student_is_handed_over_as_transformers_reads_it(finished):
         ids = dataset.tokeniser.encode(written)[0].tolist()
         assert reader(written)["input_ids"] == ids == tokenisers.load(folder).encode(written)[0].tolist()
     assert reader.eos_token_id == model.generation_config.eos_token_id == dataset.tokeniser.eos
-
-
-def taught(experiment, workdir):
-    return distill.obtain_teachers(experiment, workdir, say=QUIET)
 
 
 # ------------------------------------------------------------------------------------------------------- resuming
@@ -185,7 +182,8 @@ def test_students_begin_with_the_weights_of_a_folder_of_transformers_and_are_han
     config.optimizer.update(name="sgd", learning_rate=0.0)
     config.train.steps = 1
     params, experiment = begun(config)
-    assert equal_trees(params, huggingface.load(tmp_path / "student", huggingface.read_config(config.student.init))["params"])
+    folder = tmp_path / "student"
+    assert equal_trees(params, huggingface.load(folder, huggingface.read_config(folder))["params"])
     np.testing.assert_array_equal(params["embed"]["embedding"], model.model.embed_tokens.weight.detach().numpy())
     found = distill.run(config, tmp_path / "run", say=QUIET).results
     theirs = {name: tensor.detach().numpy() for name, tensor in model.state_dict().items()}
@@ -322,11 +320,10 @@ def test_only_what_the_assistant_says_is_in_the_loss(tmp_path, kind):
     step, hparams = arm.stages[0].step, arm.stages[0].hparams
     state = train.fresh_state(arm, experiment.mesh)
     batch = {**split._asdict(), "id": np.arange(len(split.tokens)), "epoch": np.zeros(len(split.tokens), np.int32)}
-    run = jax.jit(step)
-    new, metrics = run(state, {}, batch, hparams)
+    new, metrics = jax.jit(step)(state, {}, batch, hparams)
     assert metrics["ce"][1] == metrics["accuracy"][1] == targets == text.targets(split)
-    # What the prompts are to be continued with is in no loss: another last token of a prompt is another input alone.
-    logits = logits_of(experiment.student.apply({"params": state.params}, inputs_of(split), train=False)[0])
+    variables = {"params": state.params, "state": {}}
+    logits = logits_of(experiment.student.apply(variables, inputs_of(split), train=False)[0])
     log_p = np.asarray(jax.nn.log_softmax(logits.astype(jnp.float32), -1), np.float64)
     chosen = text.target_mask(split)
     labels = split.tokens[:, 1:][chosen].astype(int)
@@ -351,8 +348,8 @@ def test_features_and_attention_of_decoders_are_compared_and_alike_where_the_mod
     config.losses.fitnets.projector = "none"
     distill.run_one(config, tmp_path / "alike", DISTILLED, say=QUIET)
     alike = metrics_of(tmp_path / "alike", DISTILLED)[0]
-    zeros = [name for name in FEATURES if name != "tinybert_hidden"]  # which always learns a map
-    assert {name: alike[name] for name in ("kl", *zeros)} == {name: pytest.approx(0.0, abs=2e-6) for name in ("kl", *zeros)}
+    zeros = {"kl", *FEATURES} - {"tinybert_hidden"}  # which always learns a map
+    assert {name: alike[name] for name in zeros} == dict.fromkeys(zeros, pytest.approx(0.0, abs=2e-6))
     assert alike["tinybert_hidden"] > 1e-3
 
     config.student.init, config.student.options = "", {"width": 24, "layers": 2, "heads": 3, "mlp_width": 32}
@@ -367,8 +364,6 @@ def test_several_teachers_teach_and_are_scored_together(letters, tmp_path, combi
     config = changed(letters, teacher__combine=combine, train__steps=1)
     config.more_teachers = {"another": {"init": str(other), "options": {}, "weight": 3.0}}
     found = distill.run(config, tmp_path / "run", say=QUIET).results["arms"]
-    single = {name: distill.run_one for name in ()}
-    assert not single
     assert found["teacher"]["fidelity"]["agreement"] == 1.0
     assert found["teacher"]["fidelity"]["kl"] == pytest.approx(0.0, abs=1e-6)
     experiment = build.prepare(config)
