@@ -167,9 +167,6 @@ def make_objective(
         hparams |= {f"teacher.{name}": float(weight) for name, weight in teacher_weights.items()}
     if setting.signals:
         _check_signals(active)
-    for name, one in active.items():
-        if setting.sequences and one.term.reads == "student":
-            raise UserError(f"losses.{name} is for classification: leave it out for a language model.")
     weighting.init_balance(balance, list(active))  # refuses an unknown one
     _try(active, setting)
 

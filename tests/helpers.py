@@ -99,9 +99,7 @@ def tiny_language_config(**train):
     """Some modules of Python as bytes, minute decoders, a few steps an arm, on one device."""
     config = configs.default()
     config.task = "language"
-    config.data.update(
-        name="stdlib", options={"modules": "si*.py"}, context=32, batch_size=8, eval_batch_size=256
-    )
+    config.data.update(name="stdlib", options={"modules": "si*.py"}, context=32, batch_size=8, eval_batch_size=256)
     sizes = {"width": 16, "heads": 2, "mlp_width": 32}
     config.teacher.update(name="decoder", epochs=0, steps=6)
     config.student.name = "decoder"

@@ -79,19 +79,17 @@ def of_terms(experiment: Experiment, arm: train.Arm, variables: Variables) -> li
         goal = goal._replace(hparams={key: hparams[key] for key in goal.hparams} | weights)
         given = (frozen, teachers, variables, taught, batch)
         relations = {f"{name}.weight": 0.0 for name in goal.terms if TERMS[name].over == "batch" or TERMS[name].random}
+        unmoved = []
         # A balance weighs the losses of whole batches, and refuses accumulation.
         if len(relations) < len(goal.terms) and config.balance == "fixed":
-            by_parts = goal._replace(hparams=goal.hparams | relations)
-            found.append(unmoved_by_splitting(by_parts, *given, equal))
-            if variables["state"]:
-                note = "; in inference mode, since batch statistics do see the parts"
-                found[-1] = found[-1]._replace(meaning=found[-1].meaning + note)
-            found[-1] = found[-1]._replace(name=found[-1].name + where)
-        last = [unmoved_by_padding(goal, *given, equal, padded=experiment.task.padded)]
+            check = unmoved_by_splitting(goal._replace(hparams=goal.hparams | relations), *given, equal)
+            note = "; in inference mode, since batch statistics do see the parts" if variables["state"] else ""
+            unmoved.append(check._replace(meaning=check.meaning + note))
+        unmoved.append(unmoved_by_padding(goal, *given, equal, padded=experiment.task.padded))
         if setting.sequences:
             dense, chunked = _dense_and_chunked(experiment, number, batch)
-            last.append(unmoved_by_chunks(dense._replace(hparams=goal.hparams), chunked, *given, equal))
-        found += [check._replace(name=check.name + where) for check in last]
+            unmoved.append(unmoved_by_chunks(dense._replace(hparams=goal.hparams), chunked, *given, equal))
+        found += [check._replace(name=check.name + where) for check in unmoved]
     return found
 
 
@@ -189,7 +187,7 @@ def unmoved_by_padding(
         return _difference(*parts)
 
     value = float(measure(variables, teacher_variables, batch, goal.hparams))
-    meaning = f"change of loss and gradient with other padding and as much more of it, relative (at most {equal:g})"
+    meaning = f"change of loss and gradient when more and other padding is added, relative (at most {equal:g})"
     return Check("padding changes nothing", value <= equal, value, meaning)
 
 

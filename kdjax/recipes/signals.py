@@ -81,10 +81,18 @@ def _manifest(experiment: Experiment, variables: Variables, placed: Variables) -
     if config.cache.form == "top_k":
         width = min(config.cache.k, experiment.classes)
     else:
-        some = next(_batches(experiment, [range(min(_batch_size(config), pipeline.length(dataset.train)))]))[1]
+        split = experiment.dataset.train
+        every = -(-pipeline.length(split) // _batch_size(config))
+        some = next(_batches(experiment, [range(0, pipeline.length(split), every)]))[1]
         log_probs = np.asarray(jax.device_get(_log_probs(experiment)(placed, some)))
-        budget = config.cache.bytes_per_token - _framing(config, experiment)
-        width = signal_codec.samples_within(log_probs, budget, config.cache.samples)
+        framing = _framing(config, experiment)
+        try:
+            width = signal_codec.samples_within(log_probs, config.cache.bytes_per_token - framing, config.cache.samples)
+        except UserError as error:
+            raise UserError(
+                f"the files may take {framing:.1f} of cache.bytes_per_token={config.cache.bytes_per_token} beside what "
+                f"they hold, which is less with more cache.examples_per_shard or a longer data.context: {error}"
+            ) from error
     return Manifest(
         form=config.cache.form,
         width=width,
@@ -108,14 +116,14 @@ def _framing(config: ConfigDict, experiment: Experiment) -> float:
 
 
 def _log_probs(experiment: Experiment) -> Callable[[Variables, Any], Array]:
-    """What the teacher says at some places of a batch, all classes: [positions, classes]."""
+    """What the teacher says at some places of a batch, drawn at random, all classes: [positions, classes]."""
     model, normalise = experiment.teachers[MAIN], experiment.task.make_normalise(experiment.dataset)
 
     def said(variables: Variables, batch: Any) -> Array:
         batch = normalise(batch)
         outputs = model.apply(variables, batch["inputs"], train=False)[0]
-        step = max(outputs.hidden.shape[0] * outputs.hidden.shape[1] // 256, 1)
-        some = outputs.hidden.reshape(-1, outputs.hidden.shape[-1])[::step]
+        places = jax.random.permutation(jax.random.key(0), outputs.hidden.shape[0] * outputs.hidden.shape[1])[:256]
+        some = outputs.hidden.reshape(-1, outputs.hidden.shape[-1])[places]
         return jax.nn.log_softmax(logits_of(outputs._replace(hidden=some)), axis=-1)
 
     return jax.jit(said, out_shardings=sharding.replicated(experiment.mesh))
@@ -194,9 +202,9 @@ def _batches(experiment: Experiment, blocks: list[range]) -> Iterator[tuple[list
     split, size = experiment.dataset.train, _batch_size(experiment.config)
     share = pipeline.block_of(split, size, jax.process_index(), jax.process_count())
     for block in blocks:
-        for first in range(block.start, block.stop, size):
-            ids = list(range(first, min(first + size, block.stop)))
-            filled = np.array(ids + [first] * (size - len(ids)), np.int32)[share]
+        for begin in range(0, len(block), size):
+            ids = list(block[begin : begin + size])
+            filled = np.array(ids + ids[:1] * (size - len(ids)), np.int32)[share]
             batch = pipeline.gather(split, filled, np.zeros_like(filled))
             yield ids, sharding.put_batch(batch, experiment.mesh)
 

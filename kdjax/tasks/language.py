@@ -47,8 +47,8 @@ def load(config: ConfigDict, dataset: TextDataset | None = None) -> TextDataset:
     place = config.student.init
     if place and place != FROM_TEACHER and not is_folder(place):
         raise UserError(
-            f"student.init={place} is no model in the layout of Hugging Face, with a config.json: give the folder of one, "
-            "or teacher, or nothing."
+            f"student.init={place} is no model in the layout of Hugging Face, with a config.json: give the folder of "
+            "one, or teacher, or nothing."
         )
     return dataset or text.load(config.data)
 
@@ -90,8 +90,8 @@ def classes(config: ConfigDict, dataset: TextDataset) -> int:
     highest = max(int(split.tokens.max()) for split in (dataset.train, dataset.test))
     if highest >= shared:
         raise UserError(
-            f"the data has the token {highest} and teacher and student share {shared} tokens: use a tokeniser that both "
-            "know, or text without that token."
+            f"the data has the token {highest} and teacher and student share {shared} tokens: use a tokeniser that "
+            "both know, or text without that token."
         )
     return shared
 
@@ -110,6 +110,8 @@ def make_model(config: ConfigDict, part: ConfigDict, dataset: TextDataset) -> Mo
             f"a decoder of {sizes.vocabulary} tokens cannot speak the {shared} of the tokeniser: set its option "
             "vocabulary to at least that, or leave it out."
         )
+    if part.get("init", "") == FROM_TEACHER:
+        _try_part(decoder_config(config, config.teacher, dataset), sizes)
     runtime = {name: value for name, value in part.options.items() if name in _RUNTIME}
     return _cut(make_decoder(sizes, dtype=jnp.dtype(config.train.dtype), **runtime), shared)
 
@@ -148,15 +150,13 @@ def decoder_config(config: ConfigDict, part: ConfigDict, dataset: TextDataset) -
         for option, value in options.items():
             if value != getattr(found, option):
                 raise UserError(
-                    f"{init} has {option}={getattr(found, option)} and the config says {value}: leave out that option, or "
-                    "give the folder that it means."
+                    f"{init} has {option}={getattr(found, option)} and the config says {value}: leave out that option, "
+                    "or give the folder that it means."
                 )
     elif init == FROM_TEACHER:
         if config.teacher.init == FROM_TEACHER:
             raise UserError("teacher.init=teacher names no weights: give a folder, or nothing.")
-        whole = decoder_config(config, config.teacher, dataset)
-        found = whole._replace(**options)
-        _try_part(whole, found)
+        found = decoder_config(config, config.teacher, dataset)._replace(**options)
     else:
         found = _from_options(options, dataset)
     if found.context < dataset.context:
@@ -169,13 +169,10 @@ def decoder_config(config: ConfigDict, part: ConfigDict, dataset: TextDataset) -
 
 def _try_part(whole: DecoderConfig, part: DecoderConfig) -> None:
     """Shapes a student as a part of its teacher, so that one that is none is refused before the teacher is trained."""
-    weights = jax.eval_shape(make_decoder(whole).init, jax.random.key(0))
-    float32 = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)
-    sizes = {"heads": float32(whole.layers, whole.kv_heads), "neurons": float32(whole.layers, whole.mlp_width)}
-    ranked = prune.Importance(channels=float32(whole.width), **sizes)
-    jax.eval_shape(
-        lambda weights, ranked: prune.student_from_teacher(whole, weights, part, importance=ranked), weights, ranked
-    )
+    sizes = ((whole.width,), (whole.layers, whole.kv_heads), (whole.layers, whole.mlp_width))
+    ranked = prune.Importance(*map(jnp.zeros, sizes))
+    cut = lambda key: prune.student_from_teacher(whole, make_decoder(whole).init(key), part, importance=ranked)
+    jax.eval_shape(cut, jax.random.key(0))
 
 
 def _from_options(options: Mapping[str, Any], dataset: TextDataset) -> DecoderConfig:
@@ -211,7 +208,7 @@ def load_weights(folder: str, mesh: Mesh, rules: sharding.Rules, dtype: Any) -> 
 
 
 def first_weights(config: ConfigDict, dataset: TextDataset, mesh: Mesh, teacher: Callable[[], Variables]) -> Params:
-    """The parameters with which both students begin: those that ``student.init`` names; ``teacher`` gives its weights."""
+    """The parameters with which both students begin, which ``student.init`` names; ``teacher`` gives its weights."""
     place = config.student.init
     if place != FROM_TEACHER:
         return load_weights(place, mesh, config.sharding.student, jnp.float32)["params"]
@@ -219,7 +216,7 @@ def first_weights(config: ConfigDict, dataset: TextDataset, mesh: Mesh, teacher:
     weights = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), teacher())
     ranked = None
     if whole._replace(layers=part.layers) != part:  # narrower, not only shallower
-        some = {"tokens": dataset.train.tokens, "segments": dataset.train.segments}
+        some: dict[str, Any] = {"tokens": dataset.train.tokens, "segments": dataset.train.segments}
         some = {name: jnp.asarray(array[:_CALIBRATION, :-1], jnp.int32) for name, array in some.items()}
         ranked = prune.importance(whole, weights, some)
     return prune.student_from_teacher(whole, weights, part, importance=ranked)["params"]
@@ -368,6 +365,7 @@ def make_evaluate(
             logits = said[0] if len(said) == 1 else objective.combine_teachers(said, shares, how)
             log_t = jax.nn.log_softmax(logits, axis=-1)
         log_p = log_t if model is None else jax.nn.log_softmax(logits_of(positions.student), axis=-1)
+        assert log_p is not None, "a model is scored, or else teachers"
         first = jnp.argmax(log_p, axis=-1)
         of_label = jnp.take_along_axis(log_p, jnp.maximum(labels, 0)[..., None], axis=-1)[..., 0]
         found = {"nll": -of_label, "accuracy": first == labels}
