@@ -24,7 +24,7 @@ def get_config(arg: str = "") -> ConfigDict:
         raise unknown("variant of lm_bytes.py", arg, filter(None, VARIANTS))
     config = configs.default()
     config.task = "language"
-    config.data.update(name="stdlib", tokeniser="bytes", context=256, batch_size=8, eval_batch_size=32)
+    config.data.update(name="stdlib", tokenizer="bytes", context=256, batch_size=8, eval_batch_size=32)
     config.teacher.update(name="decoder", epochs=0, steps=2500)
     config.teacher.options = {"width": 128, "layers": 3, "heads": 4, "mlp_width": 352, "qk_norm": True}
     config.student.name = "decoder"
@@ -36,7 +36,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config.optimizer.update(learning_rate=rate(5e-3), clip_norm=1.0)
     config.train.update(epochs=0, steps=1500)
     config.checkpoint.every = 500
-    config.log.update(every=20, eval_every=0)
+    config.log.update(every=20, eval_every=500)
     if arg == "cached":
         config.losses.kl.weight = 0.0
         config.losses.top_k.weight = 0.9

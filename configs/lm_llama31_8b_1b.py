@@ -2,9 +2,9 @@
 
     kdjax distill --config configs/lm_llama31_8b_1b.py --config.data.data_dir=DATA --workdir runs/llama \\
         --config.teacher.init=MODELS/Llama-3.1-8B-Instruct --config.student.init=MODELS/Llama-3.2-1B-Instruct \\
-        --config.data.tokeniser=MODELS/Llama-3.2-1B-Instruct
+        --config.data.tokenizer=MODELS/Llama-3.2-1B-Instruct
 
-MODELS holds the two models as Hugging Face has them (``config.json``, ``*.safetensors``, the tokeniser's files), DATA
+MODELS holds the two models as Hugging Face has them (``config.json``, ``*.safetensors``, the tokenizer's files), DATA
 files ``*.jsonl`` with a conversation, a text, or a prompt and a completion on each line (``kdjax.data.text.load``). A
 document of more than 4097 tokens is refused: make ``data.context`` larger, or cut it with
 ``--config.data.options.longer=cut``. ``kdjax train --arm student_distilled`` with the same options leaves out the
@@ -21,7 +21,7 @@ of attention's scores, 4.3 GB each, and of the teacher in float32, which a GPU's
 Variants:
   pruned     the student is the teacher itself, cut to 3072 channels and 9216 neurons in each feedforward: the 4.5
              billion parameters of Llama-3.1-Minitron-4B-Width (Sreenivas et al. 2024, arXiv 2408.11796), and learns
-             from ``kl`` alone, as there. It needs no student.init, and its tokeniser is the teacher's. A device holds
+             from ``kl`` alone, as there. It needs no student.init, and its tokenizer is the teacher's. A device holds
              8.8 GB (teacher 2.0, student 2.3, moments 4.5), and a CPU needs 36.1 GB besides.
 """
 
@@ -53,7 +53,7 @@ def get_config(arg: str = "") -> ConfigDict:
         raise unknown("variant of lm_llama31_8b_1b.py", arg, filter(None, VARIANTS))
     config = configs.default()
     config.task = "language"
-    config.data.update(name="jsonl:*.jsonl", tokeniser="Llama-3.2-1B-Instruct", context=4096, packing="whole")
+    config.data.update(name="jsonl:*.jsonl", tokenizer="Llama-3.2-1B-Instruct", context=4096, packing="whole")
     config.data.update(batch_size=64, eval_batch_size=16)
     config.teacher.update(name="decoder", init="Llama-3.1-8B-Instruct")
     config.teacher.options = TEACHER
@@ -69,7 +69,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config.checkpoint.every = 500
     config.log.update(every=10, eval_every=500)
     if arg == "pruned":
-        config.data.tokeniser = config.teacher.init
+        config.data.tokenizer = config.teacher.init
         config.student.init = "teacher"
         config.student.options = {**PRUNED, "remat": "full"}
         config.losses.kl.weight = 1.0

@@ -2,9 +2,9 @@
 
     kdjax distill --config configs/lm_qwen25_7b_1_5b.py --config.data.data_dir=DATA --workdir runs/qwen25 \\
         --config.teacher.init=MODELS/Qwen2.5-7B-Instruct --config.student.init=MODELS/Qwen2.5-1.5B \\
-        --config.data.tokeniser=MODELS/Qwen2.5-1.5B
+        --config.data.tokenizer=MODELS/Qwen2.5-1.5B
 
-MODELS holds the two models as Hugging Face has them (``config.json``, ``*.safetensors``, the tokeniser's files), DATA
+MODELS holds the two models as Hugging Face has them (``config.json``, ``*.safetensors``, the tokenizer's files), DATA
 files ``*.jsonl`` with a conversation, a text, or a prompt and a completion on each line (``kdjax.data.text.load``). A
 document of more than 4097 tokens is refused: make ``data.context`` larger, or cut it with
 ``--config.data.options.longer=cut``. The two tables of embeddings have 152,064 and 151,936 rows for the same 151,665
@@ -43,7 +43,7 @@ def get_config(arg: str = "") -> ConfigDict:
         raise unknown("variant of lm_qwen25_7b_1_5b.py", arg, filter(None, VARIANTS))
     config = configs.default()
     config.task = "language"
-    config.data.update(name="jsonl:*.jsonl", tokeniser="Qwen2.5-1.5B", context=4096, packing="whole")
+    config.data.update(name="jsonl:*.jsonl", tokenizer="Qwen2.5-1.5B", context=4096, packing="whole")
     config.data.update(batch_size=64, eval_batch_size=16)
     config.teacher.update(name="decoder", init="Qwen2.5-7B-Instruct")
     config.teacher.options = TEACHER

@@ -2,9 +2,9 @@
 
     kdjax distill --config configs/lm_qwen3_32b_8b.py --config.data.data_dir=DATA --workdir runs/qwen3 \\
         --config.teacher.init=MODELS/Qwen3-32B --config.student.init=MODELS/Qwen3-8B-Base \\
-        --config.data.tokeniser=MODELS/Qwen3-8B-Base
+        --config.data.tokenizer=MODELS/Qwen3-8B-Base
 
-MODELS holds the two models as Hugging Face has them (``config.json``, ``*.safetensors``, the tokeniser's files), DATA
+MODELS holds the two models as Hugging Face has them (``config.json``, ``*.safetensors``, the tokenizer's files), DATA
 files ``*.jsonl`` with a conversation, a text, or a prompt and a completion on each line (``kdjax.data.text.load``). A
 document of more than 4097 tokens is refused: make ``data.context`` larger, or cut it with
 ``--config.data.options.longer=cut``. The two devices of a pair see the same sequences and share each product
@@ -44,7 +44,7 @@ def get_config(arg: str = "") -> ConfigDict:
         raise unknown("variant of lm_qwen3_32b_8b.py", arg, filter(None, VARIANTS))
     config = configs.default()
     config.task = "language"
-    config.data.update(name="jsonl:*.jsonl", tokeniser="Qwen3-8B-Base", context=4096, packing="whole")
+    config.data.update(name="jsonl:*.jsonl", tokenizer="Qwen3-8B-Base", context=4096, packing="whole")
     config.data.update(batch_size=64, eval_batch_size=16)
     config.teacher.update(name="decoder", init="Qwen3-32B")
     config.teacher.options = TEACHER

@@ -33,7 +33,7 @@ def default() -> ConfigDict:
         "options": {},  # of the source, such as shape and classes of the synthetic one
         "batch_size": 64,  # over all devices
         "eval_batch_size": 256,
-        "tokeniser": "bytes",  # of text: bytes, or a tokenizer.json or the folder of one
+        "tokenizer": "bytes",  # of text: bytes, or a tokenizer.json or the folder of one
         "context": 256,  # of text: tokens of a window, each with its target
         "packing": "split",  # of text: documents cut where a window ends, or whole
         "labels": 1.0,  # share of the training examples whose labels the student may see

@@ -108,7 +108,7 @@ def load(config: ConfigDict, dataset: Any = None) -> Experiment:
 
 
 def _with_signals(experiment: Experiment) -> Experiment:
-    """With the cache that ``teacher.cache`` names, of this data and tokeniser; the teacher it is of is compared where
+    """With the cache that ``teacher.cache`` names, of this data and tokenizer; the teacher it is of is compared where
     its weights are known."""
     place = experiment.config.teacher.cache
     if not place:

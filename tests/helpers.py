@@ -81,15 +81,15 @@ LETTERS = "abcdefghijklmnopqrstuvwxyz .é漢\n"  # with characters of 1, 2 and 3
 WORDS = ("kleine", "modelle", "lernen", "漢é", "von", "ééé", "na\n", "漢", "x")
 
 
-def letters_tokeniser(folder: Path, letters: str) -> Path:
+def letters_tokenizer(folder: Path, letters: str) -> Path:
     """A folder with a ``tokenizer.json`` in which each letter is a token; the last one ends a text."""
     tokenizers = pytest.importorskip("tokenizers", reason="the package tokenizers is not installed")
     vocabulary = {letter: number for number, letter in enumerate(letters)}
-    tokeniser = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocabulary, merges=[]))
-    tokeniser.decoder = tokenizers.decoders.Fuse()
-    tokeniser.add_special_tokens(["<end>"])
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.decoder = tokenizers.decoders.Fuse()
+    tokenizer.add_special_tokens(["<end>"])
     folder.mkdir(parents=True, exist_ok=True)
-    tokeniser.save(str(folder / "tokenizer.json"))
+    tokenizer.save(str(folder / "tokenizer.json"))
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<end>"}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     return folder
@@ -116,18 +116,18 @@ def tiny_language_config(**train):
 
 
 def letters_config(folder: Path):
-    """The same on words, whose tokens are the letters of a ``tokenizer.json`` in ``folder/tokeniser``: 33 ids."""
-    letters_tokeniser(folder / "tokeniser", LETTERS + ";")
+    """The same on words, whose tokens are the letters of a ``tokenizer.json`` in ``folder/tokenizer``: 33 ids."""
+    letters_tokenizer(folder / "tokenizer", LETTERS + ";")
     rng = random.Random(1)
     for name, count in (("train", 800), ("test", 200)):
         (folder / f"{name}.txt").write_text(" ".join(rng.choice(WORDS) for _ in range(count)))
     config = tiny_language_config()
-    config.data.update(name=f"text:{folder}/train.txt", tokeniser=str(folder / "tokeniser"))
+    config.data.update(name=f"text:{folder}/train.txt", tokenizer=str(folder / "tokenizer"))
     config.data.options = {"test": f"{folder}/test.txt"}
     return config
 
 
-def decoder_folder(folder: Path, tokeniser: Path | None = None, *, seed: int = 0, dtype=jnp.float32, **sizes):
+def decoder_folder(folder: Path, tokenizer: Path | None = None, *, seed: int = 0, dtype=jnp.float32, **sizes):
     """A decoder of random weights in the layout of Hugging Face, and its variables in ``dtype``, as they are kept."""
     tiny = {"vocabulary": 33, "width": 16, "layers": 1, "heads": 2, "head_dim": 8, "mlp_width": 32, "context": 32}
     tiny |= sizes
@@ -135,5 +135,5 @@ def decoder_folder(folder: Path, tokeniser: Path | None = None, *, seed: int = 0
     variables = make_decoder(config).init(jax.random.key(seed))
     noise = lambda x: (x + 0.1 * jax.random.normal(jax.random.key(1), x.shape)).astype(dtype)
     variables = jax.tree.map(noise, variables)
-    huggingface.save(folder, variables, config, tokeniser_folder=tokeniser, dtype=dtype)
+    huggingface.save(folder, variables, config, tokenizer_folder=tokenizer, dtype=dtype)
     return folder, variables

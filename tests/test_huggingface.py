@@ -407,21 +407,21 @@ def test_heads_that_do_not_fill_the_width_load_in_transformers_in_every_family(t
         np.testing.assert_allclose(our_logits(config, variables, tokens), their_logits(model, tokens), atol=1e-5)
 
 
-def test_the_tokeniser_comes_along(tmp_path):
+def test_the_tokenizer_comes_along(tmp_path):
     tokenizers = pytest.importorskip("tokenizers", reason="needs kdjax[text]")
     words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "b": 1, "?": 2}, unk_token="?"))
     words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
     fast = transformers.PreTrainedTokenizerFast(tokenizer_object=words, unk_token="?", eos_token="b")
     fast.chat_template = "{{ messages[0].content }}"
-    fast.save_pretrained(tmp_path / "tokeniser")
-    (tmp_path / "tokeniser" / "model.safetensors").write_bytes(b"not copied")
+    fast.save_pretrained(tmp_path / "tokenizer")
+    (tmp_path / "tokenizer" / "model.safetensors").write_bytes(b"not copied")
     variables = make_decoder(OURS).init(jax.random.key(0))
-    huggingface.save(tmp_path / "out", variables, OURS, tokeniser_folder=tmp_path / "tokeniser")
+    huggingface.save(tmp_path / "out", variables, OURS, tokenizer_folder=tmp_path / "tokenizer")
     again = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
     assert again("b a c")["input_ids"] == [1, 0, 2]
     assert again.apply_chat_template([{"role": "user", "content": "a"}], tokenize=False) == "a"
-    with pytest.raises(UserError, match=r"no tokeniser in .*: it should have one of tokenizer.json"):
-        huggingface.save(tmp_path / "other", variables, OURS, tokeniser_folder=tmp_path)
+    with pytest.raises(UserError, match=r"no tokenizer in .*: it should have one of tokenizer.json"):
+        huggingface.save(tmp_path / "other", variables, OURS, tokenizer_folder=tmp_path)
 
 
 def test_a_save_is_whole_or_not_there(tmp_path):

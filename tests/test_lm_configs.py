@@ -22,7 +22,7 @@ from kdjax import build, chunks, train
 from kdjax import config as configs
 from kdjax.data.packing import TextSplit
 from kdjax.data.text import TextDataset
-from kdjax.data.tokenisers import Tokeniser
+from kdjax.data.tokenizers import Tokenizer
 from kdjax.errors import UserError
 from kdjax.experiment import DISTILLED
 from kdjax.model import flatten_paths, parameter_count
@@ -86,7 +86,7 @@ PUBLISHED = {
 
 
 class Case(NamedTuple):
-    """A config, and what is known of it: ids of its tokeniser, published parameters in billions of teacher and
+    """A config, and what is known of it: ids of its tokenizer, published parameters in billions of teacher and
     student, and a bound of the CPU program's temporary bytes, about a tenth above what they are."""
 
     name: str
@@ -112,11 +112,11 @@ def config_of(name: str) -> Any:
 
 
 def blank(tokens: int, context: int) -> TextDataset:
-    """Two windows of one token, and a tokeniser of so many ids."""
+    """Two windows of one token, and a tokenizer of so many ids."""
     ones = np.ones((2, context + 1), np.uint16)
     split = TextSplit(np.zeros((2, context + 1), np.int32), ones, ones.astype(bool), ones)
-    tokeniser = Tokeniser("blank", {}, tokens, None, 0, lambda texts: [], lambda ids: "", "")
-    return TextDataset("blank", split, split, tokeniser, context, "", "")
+    tokenizer = Tokenizer("blank", {}, tokens, None, 0, lambda texts: [], lambda ids: "", "")
+    return TextDataset("blank", split, split, tokenizer, context, "", "")
 
 
 @pytest.fixture(scope="module")

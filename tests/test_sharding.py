@@ -11,7 +11,7 @@ from kdjax import build, sharding, train
 from kdjax import config as configs
 from kdjax.data.packing import TextSplit
 from kdjax.data.text import TextDataset
-from kdjax.data.tokenisers import Tokeniser
+from kdjax.data.tokenizers import Tokenizer
 from kdjax.errors import UserError
 from kdjax.model import flatten_paths
 from kdjax.models.decoder import DecoderConfig, make_decoder
@@ -152,8 +152,8 @@ def windows(rng, count, context):
 def distilled(axes, rules):
     """The parameters of a small language model after two steps on a mesh."""
     rng, context = np.random.default_rng(0), 32
-    tokeniser = Tokeniser("none", {}, 257, None, 256, lambda texts: [], lambda ids: "", "")
-    dataset = TextDataset("random", windows(rng, 16, context), windows(rng, 8, context), tokeniser, context, "", "")
+    tokenizer = Tokenizer("none", {}, 257, None, 256, lambda texts: [], lambda ids: "", "")
+    dataset = TextDataset("random", windows(rng, 16, context), windows(rng, 8, context), tokenizer, context, "", "")
     config = configs.default()
     config.task = "language"
     config.data.update(context=context, batch_size=8, eval_batch_size=8)

@@ -51,7 +51,7 @@ Folder = str | os.PathLike[str]
 
 
 class Manifest(NamedTuple):
-    """What a cache holds, and of which teacher, tokeniser and data.
+    """What a cache holds, and of which teacher, tokenizer and data.
 
     Attributes:
       form: ``"top_k"`` or ``"sample"``.
@@ -61,7 +61,7 @@ class Manifest(NamedTuple):
       examples: how many there are; their ids are 0, 1, ...
       examples_per_shard: of each file but the last.
       teacher_sha256: digest of the teacher's weights.
-      tokeniser_sha256: digest of the tokeniser.
+      tokenizer_sha256: digest of the tokenizer.
       data_sha256: digest of the tokens of all examples.
       seed: of the draws.
       version: of the kdjax that made it.
@@ -75,7 +75,7 @@ class Manifest(NamedTuple):
     examples: int
     examples_per_shard: int
     teacher_sha256: str
-    tokeniser_sha256: str
+    tokenizer_sha256: str
     data_sha256: str
     seed: int
     version: str
@@ -235,16 +235,16 @@ def open_cache(folder: Folder) -> Cache:
 
 
 def check_matches(
-    manifest: Manifest, *, teacher_sha256: str, tokeniser_sha256: str, data_sha256: str, examples: int, positions: int
+    manifest: Manifest, *, teacher_sha256: str, tokenizer_sha256: str, data_sha256: str, examples: int, positions: int
 ) -> None:
-    """Refuses a cache of another teacher, tokeniser or data.
+    """Refuses a cache of another teacher, tokenizer or data.
 
     Raises:
       UserError: what differs.
     """
     for held, given, what, remedy in (
         (manifest.teacher_sha256, teacher_sha256, "holds the signals of another teacher", "give that teacher"),
-        (manifest.tokeniser_sha256, tokeniser_sha256, "was made with another tokeniser", "give that tokeniser"),
+        (manifest.tokenizer_sha256, tokenizer_sha256, "was made with another tokenizer", "give that tokenizer"),
         (manifest.positions, positions, "has examples of another number of tokens", "give that length"),
         (manifest.examples, examples, "has another number of examples", "give the same data"),
         (manifest.data_sha256, data_sha256, "was made of other data", "give the same data in the same packing"),

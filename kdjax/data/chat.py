@@ -12,20 +12,20 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kdjax.data.tokenisers import Tokeniser
+from kdjax.data.tokenizers import Tokenizer
 from kdjax.errors import UserError
 
 Message = Mapping[str, Any]
 Spans = list[tuple[int, int]]  # characters [start, end)
 
-# For tokenisers without a template (OpenAI's ChatML).
+# For tokenizers without a template (OpenAI's ChatML).
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 
 
-def conversation(messages: Sequence[Message], tokeniser: Tokeniser) -> tuple[str, Spans]:
+def conversation(messages: Sequence[Message], tokenizer: Tokenizer) -> tuple[str, Spans]:
     """A conversation as text that ends with its last assistant turn, and the spans of the turns that are in the loss.
 
     In the loss is what the model is to write: each assistant turn, from the end of what the template gives as its
@@ -36,7 +36,7 @@ def conversation(messages: Sequence[Message], tokeniser: Tokeniser) -> tuple[str
 
     Args:
       messages: dicts with ``role`` and ``content``, both text; other keys are the template's.
-      tokeniser: whose ``chat_template`` is used; ChatML where it has none.
+      tokenizer: whose ``chat_template`` is used; ChatML where it has none.
 
     Raises:
       UserError: messages that are none, no assistant turn, one with nothing in it, what the template refuses, or a
@@ -46,8 +46,8 @@ def conversation(messages: Sequence[Message], tokeniser: Tokeniser) -> tuple[str
     turns = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
     if not turns:
         raise UserError("a conversation has no turn of the assistant, which is what is in the loss: add one.")
-    text = render(messages[: turns[-1] + 1], tokeniser)
-    spans = [_span(text, messages, turn, tokeniser) for turn in turns]
+    text = render(messages[: turns[-1] + 1], tokenizer)
+    spans = [_span(text, messages, turn, tokenizer) for turn in turns]
     last = spans[-1]
     if last is None:
         raise UserError(
@@ -87,36 +87,36 @@ def in_spans(starts: NDArray[np.int32], ends: NDArray[np.int32], spans: Spans) -
     return found
 
 
-def render(messages: Sequence[Message], tokeniser: Tokeniser, *, add_generation_prompt: bool = False) -> str:
+def render(messages: Sequence[Message], tokenizer: Tokenizer, *, add_generation_prompt: bool = False) -> str:
     """The text of a conversation, as ``transformers``' ``apply_chat_template(..., tokenize=False)`` gives it.
 
     A template that asks for the date gets that of today, so that its text is another tomorrow.
 
     Args:
       messages: dicts with ``role`` and ``content``.
-      tokeniser: its ``chat_template`` and ``special_tokens``; ChatML where it has no template.
+      tokenizer: its ``chat_template`` and ``special_tokens``; ChatML where it has no template.
       add_generation_prompt: end with what comes before an assistant turn.
 
     Raises:
       UserError: the template cannot be read or refuses the messages, or the package jinja2 is missing.
     """
-    template = _template(tokeniser.chat_template or CHATML)
+    template = _template(tokenizer.chat_template or CHATML)
     try:
         return template.render(
             messages=[dict(message) for message in messages],
             tools=None,
             documents=None,
             add_generation_prompt=add_generation_prompt,
-            **tokeniser.special_tokens,
+            **tokenizer.special_tokens,
         )
     except (_jinja2().exceptions.TemplateError, TypeError) as error:
-        raise UserError(f"the chat template of {tokeniser.name} refuses a conversation: {error}.") from error
+        raise UserError(f"the chat template of {tokenizer.name} refuses a conversation: {error}.") from error
 
 
-def _span(text: str, messages: Sequence[Message], turn: int, tokeniser: Tokeniser) -> tuple[int, int] | None:
+def _span(text: str, messages: Sequence[Message], turn: int, tokenizer: Tokenizer) -> tuple[int, int] | None:
     """Where a turn is in ``text``, without the white space at its end; None where its prefixes are not the text's."""
-    before = render(messages[:turn], tokeniser, add_generation_prompt=True)
-    until = render(messages[: turn + 1], tokeniser)
+    before = render(messages[:turn], tokenizer, add_generation_prompt=True)
+    until = render(messages[: turn + 1], tokenizer)
     if not (text.startswith(until) and until.startswith(before)):
         return None
     return len(before), len(until.rstrip())

@@ -11,10 +11,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from kdjax.data import chat, tokenisers
+from kdjax.data import chat, tokenizers
 from kdjax.data.packing import Document, TextSplit, pack, target_mask
 from kdjax.data.sources import opened, prepared
-from kdjax.data.tokenisers import Tokeniser
+from kdjax.data.tokenizers import Tokenizer
 from kdjax.errors import UserError, unknown
 
 _TEXT, _JSONL, _TFDS = "text:", "jsonl:", "tfds:"
@@ -39,7 +39,7 @@ class TextDataset(NamedTuple):
     name: str
     train: TextSplit
     test: TextSplit
-    tokeniser: Tokeniser
+    tokenizer: Tokenizer
     context: int  # targets that a window has room for
     sha256: str
     prompt: str  # for samples: what precedes the loss of the first test document, or its beginning
@@ -66,22 +66,22 @@ def load(config_data: Mapping[str, Any]) -> TextDataset:
     All take ``longer``: what is done with documents longer than a window where whole ones are packed, ``refuse`` (the
     default) or ``cut``.
 
-    A document is the token that the tokeniser puts before texts, if it has one, the text, and the token that ends it,
+    A document is the token that the tokenizer puts before texts, if it has one, the text, and the token that ends it,
     which is in the loss and covers 0 bytes; a text that begins or ends with these tokens does not get them twice.
 
     Args:
-      config_data: ``name``, ``data_dir`` (of TFDS; and where relative globs begin), ``options``, ``tokeniser``
+      config_data: ``name``, ``data_dir`` (of TFDS; and where relative globs begin), ``options``, ``tokenizer``
         (``bytes`` or a path), ``context`` (targets of a window) and ``packing`` (``split`` or ``whole``).
 
     Raises:
       UserError: an unknown name or option, files that are not there, empty or not in UTF-8, lines that are not what
-        they should be, a split without documents, or whatever ``tokenisers.load`` and ``packing.pack`` refuse.
+        they should be, a split without documents, or whatever ``tokenizers.load`` and ``packing.pack`` refuse.
     """
     name, data_dir = config_data["name"], config_data.get("data_dir") or ""
     options = dict(config_data.get("options") or {})
     longer = options.pop("longer", "refuse")
-    tokeniser = tokenisers.load(config_data["tokeniser"])
-    train, test = _sources(name, data_dir, options, tokeniser)
+    tokenizer = tokenizers.load(config_data["tokenizer"])
+    train, test = _sources(name, data_dir, options, tokenizer)
     packed = {}
     for where, sources in (("train", train), ("test", test)):
         if not sources:
@@ -89,10 +89,10 @@ def load(config_data: Mapping[str, Any]) -> TextDataset:
                 f"the {where} split of {name} has no documents: give more of them, or say with data.options.test which "
                 "are for testing."
             )
-        documents = _documents(sources, tokeniser)
+        documents = _documents(sources, tokenizer)
         try:
             packed[where] = pack(
-                documents, config_data["context"], config_data["packing"], size=tokeniser.size, longer=longer
+                documents, config_data["context"], config_data["packing"], size=tokenizer.size, longer=longer
             )
         except UserError as error:
             raise UserError(f"the {where} split of {name}: {error}") from error
@@ -103,7 +103,7 @@ def load(config_data: Mapping[str, Any]) -> TextDataset:
         name=name,
         train=splits[0],
         test=splits[1],
-        tokeniser=tokeniser,
+        tokenizer=tokenizer,
         context=config_data["context"],
         sha256=_digest(splits),
         prompt=first.text[: begins or _PROMPT],
@@ -122,7 +122,7 @@ def target_bytes(split: TextSplit) -> int:
 
 
 def _sources(
-    name: str, data_dir: str, options: dict[str, Any], tokeniser: Tokeniser
+    name: str, data_dir: str, options: dict[str, Any], tokenizer: Tokenizer
 ) -> tuple[list[Source], list[Source]]:
     """The documents for training and those for testing."""
     for prefix, read in _READERS.items():
@@ -131,12 +131,12 @@ def _sources(
             for option in options:
                 if option not in valid:
                     raise unknown(f"option of the text {name}", option, [*valid, "longer"])
-            return read(name, data_dir, tokeniser, **options)
+            return read(name, data_dir, tokenizer, **options)
     raise unknown("text", name, ["stdlib", "text:FILES", "jsonl:FILES", "tfds:NAME"])
 
 
 def _stdlib(
-    name: str, data_dir: str, tokeniser: Tokeniser, *, modules: str = "*.py", files: int = 0
+    name: str, data_dir: str, tokenizer: Tokenizer, *, modules: str = "*.py", files: int = 0
 ) -> tuple[list[Source], list[Source]]:
     root = Path(sysconfig.get_path("stdlib"))
     if files < 0:
@@ -158,7 +158,7 @@ def _stdlib(
     return _by_digest(sources)
 
 
-def _text(name: str, data_dir: str, tokeniser: Tokeniser, *, test: str = "") -> tuple[list[Source], list[Source]]:
+def _text(name: str, data_dir: str, tokenizer: Tokenizer, *, test: str = "") -> tuple[list[Source], list[Source]]:
     train_files, test_files = _files(name.removeprefix(_TEXT), test, data_dir)
     train, held_out = (
         [_filled(Source(str(path), _read(path)), number) for number, path in enumerate(files)]
@@ -184,7 +184,7 @@ def _text(name: str, data_dir: str, tokeniser: Tokeniser, *, test: str = "") -> 
 def _jsonl(
     name: str,
     data_dir: str,
-    tokeniser: Tokeniser,
+    tokenizer: Tokenizer,
     *,
     text: str = "",
     messages: str = "",
@@ -203,14 +203,14 @@ def _jsonl(
             for where, line in _lines(path):
                 if not fields:
                     fields.update(_fields(given, line, where))
-                yield _filled(_from_line(line, where, fields, separator, tokeniser), number)
+                yield _filled(_from_line(line, where, fields, separator, tokenizer), number)
                 number += 1
 
     train, held_out = list(read(train_files)), list(read(test_files))
     return (train, held_out) if test else _by_digest(train, lambda source: Path(source.name).name)
 
 
-def _tfds(name: str, data_dir: str, tokeniser: Tokeniser, *, text: str = "text") -> tuple[list[Source], list[Source]]:
+def _tfds(name: str, data_dir: str, tokenizer: Tokenizer, *, text: str = "text") -> tuple[list[Source], list[Source]]:
     import tensorflow_datasets as tfds
 
     builder = prepared(name, data_dir or None)
@@ -309,7 +309,7 @@ def _fields(given: Mapping[str, str], line: Mapping[str, Any], where: str) -> di
 
 
 def _from_line(
-    line: Mapping[str, Any], where: str, fields: Mapping[str, str], separator: str, tokeniser: Tokeniser
+    line: Mapping[str, Any], where: str, fields: Mapping[str, str], separator: str, tokenizer: Tokenizer
 ) -> Source:
     for key, field in fields.items():
         if field not in line:
@@ -320,7 +320,7 @@ def _from_line(
         if "text" in fields:
             source = Source(where, line[fields["text"]])
         elif "messages" in fields:
-            source = Source(where, *chat.conversation(line[fields["messages"]], tokeniser))
+            source = Source(where, *chat.conversation(line[fields["messages"]], tokenizer))
         else:
             source = Source(where, *chat.pair(line[fields["prompt"]] + separator, line[fields["completion"]]))
     except UserError as error:
@@ -345,21 +345,21 @@ def _by_digest(
     )
 
 
-def _documents(sources: Sequence[Source], tokeniser: Tokeniser) -> list[Document]:
+def _documents(sources: Sequence[Source], tokenizer: Tokenizer) -> list[Document]:
     documents = []
     for first in range(0, len(sources), _TOGETHER):
         part = sources[first : first + _TOGETHER]
-        encoded = tokeniser.encode_all([source.text for source in part])
+        encoded = tokenizer.encode_all([source.text for source in part])
         for source, tokens in zip(part, encoded, strict=True):
             wanted = np.ones(len(tokens.ids), bool)
             if source.spans is not None:
                 wanted = chat.in_spans(tokens.starts, tokens.ends, source.spans)
             ids, covered = tokens.ids, tokens.bytes
             # Chat templates may write both tokens themselves.
-            if tokeniser.bos is not None and ids[:1].tolist() != [tokeniser.bos]:
-                ids, covered, wanted = np.r_[tokeniser.bos, ids], np.r_[0, covered], np.r_[False, wanted]
-            if ids[-1:].tolist() != [tokeniser.eos]:
-                ids, covered, wanted = np.r_[ids, tokeniser.eos], np.r_[covered, 0], np.r_[wanted, True]
+            if tokenizer.bos is not None and ids[:1].tolist() != [tokenizer.bos]:
+                ids, covered, wanted = np.r_[tokenizer.bos, ids], np.r_[0, covered], np.r_[False, wanted]
+            if ids[-1:].tolist() != [tokenizer.eos]:
+                ids, covered, wanted = np.r_[ids, tokenizer.eos], np.r_[covered, 0], np.r_[wanted, True]
             documents.append(Document(source.name, ids.astype(np.int32), wanted, covered.astype(np.int32)))
     return documents
 

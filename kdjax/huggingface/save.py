@@ -42,12 +42,12 @@ def save(
     *,
     architecture: str | None = None,
     dtype: Any = jnp.float32,
-    tokeniser_folder: str | Path | None = None,
+    tokenizer_folder: str | Path | None = None,
     eos: int | Sequence[int] | None = None,
     bos: int | None = None,
     shard_bytes: int = 5 * 10**9,
 ) -> None:
-    """Writes ``config.json``, ``generation_config.json``, the weights and the tokeniser's files.
+    """Writes ``config.json``, ``generation_config.json``, the weights and the tokenizer's files.
 
     One tensor at a time is gathered on the host. All is written to a hidden folder beside and then renamed, so the
     folder is there whole or not at all. One process must hold all devices of the arrays.
@@ -58,14 +58,14 @@ def save(
       config: of the variables.
       architecture: a name in :data:`kdjax.huggingface.ARCHITECTURES`; ``None``: the one that fits.
       dtype: of the file: float32, bfloat16 or float16.
-      tokeniser_folder: where the tokeniser's files, those of :data:`TOKENISER_FILES` that exist, are copied from.
+      tokenizer_folder: where the tokenizer's files, those of :data:`TOKENISER_FILES` that exist, are copied from.
       eos: the ids of the tokens that end a text.
       bos: the id of the token that begins a text.
       shard_bytes: no file of weights is larger, unless a single tensor is.
 
     Raises:
       UserError: the folder is not empty or cannot be written; variables that are not of the config; an architecture
-        that cannot hold it; another dtype; no tokeniser in its folder.
+        that cannot hold it; another dtype; no tokenizer in its folder.
     """
     folder = Path(folder).absolute()
     target = np.dtype(dtype)
@@ -74,7 +74,7 @@ def save(
     about = written_config(config, architecture_of(config) if architecture is None else architecture)
     tokens = {"bos_token_id": bos, "eos_token_id": eos if eos is None or isinstance(eos, int) else list(eos)}
     tensors = _tensors(variables, config)
-    copied = [] if tokeniser_folder is None else _tokeniser_files(Path(tokeniser_folder))
+    copied = [] if tokenizer_folder is None else _tokenizer_files(Path(tokenizer_folder))
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder} is there already: name another folder to save the model to, or delete it.")
     partial = folder.parent / f".{folder.name}.partial"
@@ -161,10 +161,10 @@ def _size(tensor: _Tensor, dtype: np.dtype) -> int:
     return int(np.prod(tensor.leaf.tensor_shape)) * dtype.itemsize
 
 
-def _tokeniser_files(folder: Path) -> list[Path]:
+def _tokenizer_files(folder: Path) -> list[Path]:
     found = [folder / name for name in TOKENISER_FILES if (folder / name).is_file()]
     if not found:
-        raise UserError(f"no tokeniser in {folder}: it should have one of {', '.join(TOKENISER_FILES)}.")
+        raise UserError(f"no tokenizer in {folder}: it should have one of {', '.join(TOKENISER_FILES)}.")
     return found
 
 

@@ -33,14 +33,14 @@ def is_whole(found: Cache) -> Check:
 
 
 def is_of_this_run(experiment: Experiment, variables: Variables | None) -> Check:
-    """The cache is of the run's data and tokeniser and, where its weights are given, of its teacher."""
+    """The cache is of the run's data and tokenizer and, where its weights are given, of its teacher."""
     assert experiment.signals, "only a run with a cache is asked"
     title, digest = "the cache is of this run", checkpoint.digest(variables) if variables is not None else None
     try:
         language.check_cache(experiment.signals, experiment.dataset, digest)
     except UserError as error:
         return Check(title, False, "another", str(error))
-    what = "data, tokeniser and teacher" if digest else "data and tokeniser (the teacher: where teacher.init names it)"
+    what = "data, tokenizer and teacher" if digest else "data and tokenizer (the teacher: where teacher.init names it)"
     return Check(title, True, experiment.signals.manifest.teacher_sha256[:16], f"digests agree of {what}")
 
 

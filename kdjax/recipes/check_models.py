@@ -81,7 +81,7 @@ def _knows_text(experiment: Experiment, name: str, variables: Variables) -> Chec
     meaning = (
         f"nats per token on {len(targets)} test tokens, where guessing costs {guessing:.3f} and knowing how often each "
         f"token comes {counting:.3f} (below {wanted:.3f}); if it fails, the teacher learnt other text or another "
-        "tokeniser, or its weights are not of this model"
+        "tokenizer, or its weights are not of this model"
     )
     return Check("", nll < wanted, nll, meaning)
 

@@ -101,7 +101,7 @@ def _manifest(experiment: Experiment, variables: Variables, placed: Variables) -
         examples=pipeline.length(dataset.train),
         examples_per_shard=config.cache.examples_per_shard,
         teacher_sha256=checkpoint.digest(variables),
-        tokeniser_sha256=dataset.tokeniser.sha256,
+        tokenizer_sha256=dataset.tokenizer.sha256,
         data_sha256=dataset.sha256,
         seed=config.seed,
         version=importlib.metadata.version("kdjax"),

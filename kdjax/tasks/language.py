@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 
 from kdjax import chunks, huggingface, objective, prune, sharding
 from kdjax.chunks import Layout, Positions
-from kdjax.data import cache, pipeline, text, tokenisers
+from kdjax.data import cache, pipeline, text, tokenizers
 from kdjax.data.packing import TextSplit
 from kdjax.data.text import TextDataset
 from kdjax.errors import UserError, unknown
@@ -71,26 +71,26 @@ def has_labels(split: TextSplit) -> bool:
 def classes(config: ConfigDict, dataset: TextDataset) -> int:
     """The vocabulary that models and data share.
 
-    A model from a folder is cut to the ids of its tokeniser, for tables of embeddings are padded; every tokeniser must
+    A model from a folder is cut to the ids of its tokenizer, for tables of embeddings are padded; every tokenizer must
     give the same ids, or one's a prefix of the other's, to which all are then cut.
 
     Raises:
-      UserError: tokenisers that differ (names the first difference), or data with ids beyond what is shared.
+      UserError: tokenizers that differ (names the first difference), or data with ids beyond what is shared.
     """
-    shared = dataset.tokeniser.size
+    shared = dataset.tokenizer.size
     for where, part in _parts(config).items():
         if is_folder(part.init) and (Path(part.init) / "tokenizer.json").is_file():
-            theirs = tokenisers.load(part.init)
+            theirs = tokenizers.load(part.init)
             try:
-                shared = min(shared, tokenisers.shared_vocabulary(theirs, dataset.tokeniser))
+                shared = min(shared, tokenizers.shared_vocabulary(theirs, dataset.tokenizer))
             except UserError as error:
                 raise UserError(
-                    f"{where}.init={part.init} and data.tokeniser={config.data.tokeniser}: {error}"
+                    f"{where}.init={part.init} and data.tokenizer={config.data.tokenizer}: {error}"
                 ) from error
     highest = max(int(split.tokens.max()) for split in (dataset.train, dataset.test))
     if highest >= shared:
         raise UserError(
-            f"the data has the token {highest} and teacher and student share {shared} tokens: use a tokeniser that "
+            f"the data has the token {highest} and teacher and student share {shared} tokens: use a tokenizer that "
             "both know, or text without that token."
         )
     return shared
@@ -107,7 +107,7 @@ def make_model(config: ConfigDict, part: ConfigDict, dataset: TextDataset) -> Mo
     shared = classes(config, dataset)
     if sizes.vocabulary < shared:
         raise UserError(
-            f"a decoder of {sizes.vocabulary} tokens cannot speak the {shared} of the tokeniser: set its option "
+            f"a decoder of {sizes.vocabulary} tokens cannot speak the {shared} of the tokenizer: set its option "
             "vocabulary to at least that, or leave it out."
         )
     if part.get("init", "") == FROM_TEACHER:
@@ -178,7 +178,7 @@ def _try_part(whole: DecoderConfig, part: DecoderConfig) -> None:
 def _from_options(options: Mapping[str, Any], dataset: TextDataset) -> DecoderConfig:
     width, heads = options.get("width", 128), options.get("heads", 4)
     defaults = {
-        "vocabulary": dataset.tokeniser.size,
+        "vocabulary": dataset.tokenizer.size,
         "width": width,
         "layers": 2,
         "heads": heads,
@@ -318,11 +318,11 @@ def with_signals(batches: Iterator[Mapping[str, Any]], found: cache.Cache) -> It
 
 
 def check_cache(found: cache.Cache, dataset: TextDataset, teacher_sha256: str | None = None) -> None:
-    """Refuses a cache of other data, of another tokeniser or, where it is known, of another teacher."""
+    """Refuses a cache of other data, of another tokenizer or, where it is known, of another teacher."""
     cache.check_matches(
         found.manifest,
         teacher_sha256=teacher_sha256 or found.manifest.teacher_sha256,
-        tokeniser_sha256=dataset.tokeniser.sha256,
+        tokenizer_sha256=dataset.tokenizer.sha256,
         data_sha256=dataset.sha256,
         examples=pipeline.length(dataset.train),
         positions=dataset.context,
@@ -425,8 +425,8 @@ def sample(
     """What the model writes after the data set's prompt."""
     from kdjax.models.generate import generate
 
-    ids, _ = dataset.tokeniser.encode(dataset.prompt)
-    ids = ids if dataset.tokeniser.bos is None else np.r_[dataset.tokeniser.bos, ids]
+    ids, _ = dataset.tokenizer.encode(dataset.prompt)
+    ids = ids if dataset.tokenizer.bos is None else np.r_[dataset.tokenizer.bos, ids]
     room = max(dataset.context - new_tokens, 1)
     prompt = np.asarray(ids[-room:], np.int32)[None]
     written = generate(
@@ -436,26 +436,26 @@ def sample(
         new_tokens=min(new_tokens, dataset.context - prompt.shape[1]),
         temperature=temperature,
         key=jax.random.key(seed),
-        stop=dataset.tokeniser.eos,
+        stop=dataset.tokenizer.eos,
     )
-    return dataset.tokeniser.decode(np.asarray(jax.device_get(written))[0, prompt.shape[1] :].tolist())
+    return dataset.tokenizer.decode(np.asarray(jax.device_get(written))[0, prompt.shape[1] :].tolist())
 
 
 # ----------------------------------------------------------------------------------------------------- handing over
 
 
 def hand_over(config: ConfigDict, dataset: TextDataset, variables: Variables, folder: Path) -> None:
-    """Writes a student as a folder that ``transformers`` loads as it is: weights, config, tokeniser, generation."""
+    """Writes a student as a folder that ``transformers`` loads as it is: weights, config, tokenizer, generation."""
     sizes = decoder_config(config, config.student, dataset)
-    tokeniser = dataset.tokeniser
+    tokenizer = dataset.tokenizer
     with tempfile.TemporaryDirectory() as scratch:
-        place = config.data.tokeniser
+        place = config.data.tokenizer
         if place == "bytes":
-            tokenisers.write_byte_tokeniser(scratch)
+            tokenizers.write_byte_tokenizer(scratch)
             place = scratch
         shutil.rmtree(folder, ignore_errors=True)  # of an earlier scoring of the same run
         huggingface.save(
-            folder, variables, sizes, tokeniser_folder=tokenisers.folder_of(place), eos=tokeniser.eos, bos=tokeniser.bos
+            folder, variables, sizes, tokenizer_folder=tokenizers.folder_of(place), eos=tokenizer.eos, bos=tokenizer.bos
         )
 
 

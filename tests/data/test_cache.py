@@ -18,7 +18,7 @@ from kdjax.data import cache, signal_codec
 from kdjax.errors import UserError
 
 ROOT = Path(__file__).parents[2]
-DIGESTS = {"teacher_sha256": "a" * 64, "tokeniser_sha256": "b" * 64, "data_sha256": "c" * 64}
+DIGESTS = {"teacher_sha256": "a" * 64, "tokenizer_sha256": "b" * 64, "data_sha256": "c" * 64}
 TOP_K = cache.Manifest("top_k", 20, 50_257, 64, 75, 32, **DIGESTS, seed=3, version="0.1.0")
 SAMPLE = TOP_K._replace(form="sample", width=30)
 MANIFESTS = {"top_k": TOP_K, "sample": SAMPLE}
@@ -337,7 +337,7 @@ def test_classes_beyond_the_vocabulary_are_found(tmp_path):
 # Strangers.
 
 
-def test_a_cache_of_another_teacher_tokeniser_or_data_is_refused():
+def test_a_cache_of_another_teacher_tokenizer_or_data_is_refused():
     mine = {**DIGESTS, "examples": 75, "positions": 64}
     cache.check_matches(TOP_K, **mine)
     others = {
@@ -345,7 +345,7 @@ def test_a_cache_of_another_teacher_tokeniser_or_data_is_refused():
             "d" * 64,
             r"the signals of another teacher \(aaaaaaaaaaaa, not dddddddddddd\): give that teacher",
         ),
-        "tokeniser_sha256": ("d" * 64, r"made with another tokeniser \(bbbbbbbbbbbb, not"),
+        "tokenizer_sha256": ("d" * 64, r"made with another tokenizer \(bbbbbbbbbbbb, not"),
         "data_sha256": ("d" * 64, r"made of other data \(cccccccccccc, not .*packing"),
         "examples": (76, r"another number of examples \(75, not 76\)"),
         "positions": (65, r"another number of tokens \(64, not 65\)"),

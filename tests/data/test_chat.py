@@ -3,14 +3,14 @@ import json
 import numpy as np
 import pytest
 
-from kdjax.data import chat, tokenisers
+from kdjax.data import chat, tokenizers
 from kdjax.errors import UserError
 from tests.data.conftest import shared_data
-from tests.data.test_tokenisers import train_tokeniser
+from tests.data.test_tokenizers import train_tokenizer
 
 pytest.importorskip("jinja2", reason="the package jinja2 is not installed")
 
-BYTES = tokenisers.load("bytes")
+BYTES = tokenizers.load("bytes")
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<s>")
 TURNS = [
     {"role": "system", "content": "Be brief & <kind>."},
@@ -62,12 +62,12 @@ def _of(template, **settings):
 
 def _folder(tmp_path, template):
     settings = {"eos_token": "<|im_end|>", "pad_token": "<|im_end|>", "bos_token": "<s>", "chat_template": template}
-    return train_tokeniser(tmp_path, settings=settings, special=SPECIAL)
+    return train_tokenizer(tmp_path, settings=settings, special=SPECIAL)
 
 
-def _in_loss(tokeniser, messages):
-    text, spans = chat.conversation(messages, tokeniser)
-    encoded = tokeniser.encode_all([text])[0]
+def _in_loss(tokenizer, messages):
+    text, spans = chat.conversation(messages, tokenizer)
+    encoded = tokenizer.encode_all([text])[0]
     return encoded.ids, chat.in_spans(encoded.starts, encoded.ends, spans)
 
 
@@ -78,7 +78,7 @@ def test_the_loss_is_on_what_transformers_says_the_assistant_writes(tmp_path, me
     theirs = transformers.AutoTokenizer.from_pretrained(folder).apply_chat_template(
         messages, return_assistant_tokens_mask=True, return_dict=True
     )
-    ids, wanted = _in_loss(tokenisers.load(folder), messages)
+    ids, wanted = _in_loss(tokenizers.load(folder), messages)
     count = len(ids)  # ours ends with the last turn, theirs with the white space after it
     assert theirs["input_ids"][:count] == ids.tolist() and len(theirs["input_ids"]) == count + 1
     assert theirs["assistant_masks"][:count] == wanted.astype(int).tolist()
@@ -96,7 +96,7 @@ def test_the_text_is_that_of_transformers(tmp_path, template, prompt):
     theirs = transformers.AutoTokenizer.from_pretrained(folder).apply_chat_template(
         TURNS, tokenize=False, add_generation_prompt=prompt
     )
-    assert chat.render(TURNS, tokenisers.load(folder), add_generation_prompt=prompt) == theirs
+    assert chat.render(TURNS, tokenizers.load(folder), add_generation_prompt=prompt) == theirs
 
 
 def test_without_a_template_it_is_chatml():

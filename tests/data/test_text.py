@@ -6,19 +6,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from kdjax.data import text, tokenisers
+from kdjax.data import text, tokenizers
 from kdjax.data.packing import target_mask
 from kdjax.errors import UserError
 from tests.data.conftest import shared_data
-from tests.data.test_tokenisers import train_tokeniser
+from tests.data.test_tokenizers import train_tokenizer
 
 
-def _config(name, data_dir="", *, tokeniser="bytes", context=16, packing="split", **options):
+def _config(name, data_dir="", *, tokenizer="bytes", context=16, packing="split", **options):
     return {
         "name": name,
         "data_dir": str(data_dir),
         "options": options,
-        "tokeniser": str(tokeniser),
+        "tokenizer": str(tokenizer),
         "context": context,
         "packing": packing,
     }
@@ -41,15 +41,15 @@ def _lines(folder, name, lines):
     )
 
 
-def _documents(split, tokeniser):
+def _documents(split, tokenizer):
     """The documents of windows of whole ones: (text, text of the targets), sorted."""
     found = []
     mask = np.concatenate([np.zeros((len(split.tokens), 1), bool), target_mask(split)], axis=1)
     for tokens, segments, targets in zip(split.tokens, split.segments, mask, strict=True):
         for segment in range(1, segments.max() + 1):
             ids, wanted = tokens[segments == segment], targets[segments == segment]
-            assert ids[-1] == tokeniser.eos and wanted[-1]  # what ends a text stays a target
-            found.append((tokeniser.decode(ids), tokeniser.decode(ids[wanted])))
+            assert ids[-1] == tokenizer.eos and wanted[-1]  # what ends a text stays a target
+            found.append((tokenizer.decode(ids), tokenizer.decode(ids[wanted])))
     return sorted(found)
 
 
@@ -107,8 +107,8 @@ def test_real_text_has_the_ids_of_transformers(tmp_path):
     transformers = pytest.importorskip("transformers", reason="transformers is not installed")
     folder = _shared("tiny_shakespeare/input.txt")
     content = (folder / "tiny_shakespeare" / "input.txt").read_text(encoding="utf-8")
-    bpe = train_tokeniser(tmp_path, [content[:100_000]], vocabulary=600)
-    dataset = text.load(_config("text:tiny_shakespeare/input.txt", folder, tokeniser=bpe, context=128))
+    bpe = train_tokenizer(tmp_path, [content[:100_000]], vocabulary=600)
+    dataset = text.load(_config("text:tiny_shakespeare/input.txt", folder, tokenizer=bpe, context=128))
     theirs = transformers.AutoTokenizer.from_pretrained(bpe)
     train, test = _stream(dataset.train), _stream(dataset.test)
     cut = len(theirs.decode(train[:-1]))
@@ -126,9 +126,9 @@ def test_files_are_documents_in_the_split_that_is_said_or_that_of_their_digest(t
         ({name for name in names if name.startswith("1")}, {"test": "1*.txt"}),
     ):
         dataset = text.load(_config("text:*.txt", tmp_path, context=20, packing="whole", **options))
-        tests = _documents(dataset.test, dataset.tokeniser)
+        tests = _documents(dataset.test, dataset.tokenizer)
         assert [whole for whole, _ in tests] == sorted(f"text of {name}" for name in wanted)
-        trains = _documents(dataset.train, dataset.tokeniser)
+        trains = _documents(dataset.train, dataset.tokenizer)
         assert [whole for whole, _ in trains] == sorted(f"text of {name}" for name in {*names} - wanted)
         assert all(targets == whole[1:] for whole, targets in trains)
     folder = tmp_path / "moved [1]"  # a pattern to glob, were it not the name of a folder
@@ -145,7 +145,7 @@ def test_lines_of_prompt_and_completion_have_the_completion_in_the_loss():
     dataset = text.load(_config("jsonl:gsm8k/*.jsonl", folder, context=2047, packing="whole", **options))
     problems = [json.loads(line) for line in (folder / "gsm8k" / "test.jsonl").read_text().split("\n") if line]
     wanted = sorted((p["question"] + "\n" + p["answer"], p["answer"]) for p in problems)
-    assert _documents(dataset.test, dataset.tokeniser) == wanted
+    assert _documents(dataset.test, dataset.tokenizer) == wanted
     assert text.target_bytes(dataset.test) == sum(len(answer.encode()) for _, answer in wanted)
     assert text.targets(dataset.test) == text.target_bytes(dataset.test) + len(wanted)
     assert dataset.prompt == problems[0]["question"] + "\n"
@@ -170,7 +170,7 @@ def test_lines_are_read_by_what_the_first_has(tmp_path):
         _lines(tmp_path, "train.jsonl", lines)
         _lines(tmp_path, "test.jsonl", test)
         dataset = text.load(_config("jsonl:*.jsonl", tmp_path, context=100, packing="whole", test="test.jsonl"))
-        assert _documents(dataset.train, dataset.tokeniser) == [(whole, targets)]
+        assert _documents(dataset.train, dataset.tokenizer) == [(whole, targets)]
         assert dataset.prompt == prompt
 
 
@@ -178,21 +178,21 @@ def test_lines_are_split_by_digest(tmp_path):
     _lines(tmp_path, "a.jsonl", [{"body": f"line {number}"} for number in range(1, 101)])
     dataset = text.load(_config("jsonl:a.jsonl", tmp_path, packing="whole", text="body"))
     held_out = [n for n in range(1, 101) if int(hashlib.sha256(f"a.jsonl:{n}".encode()).hexdigest(), 16) % 10 == 0]
-    assert [whole for whole, _ in _documents(dataset.test, dataset.tokeniser)] == sorted(f"line {n}" for n in held_out)
-    assert len(_documents(dataset.train, dataset.tokeniser)) == 100 - len(held_out)
+    assert [whole for whole, _ in _documents(dataset.test, dataset.tokenizer)] == sorted(f"line {n}" for n in held_out)
+    assert len(_documents(dataset.train, dataset.tokenizer)) == 100 - len(held_out)
 
 
-def test_a_trained_tokeniser_with_tokens_before_and_after(tmp_path):
+def test_a_trained_tokenizer_with_tokens_before_and_after(tmp_path):
     pytest.importorskip("jinja2", reason="the package jinja2 is not installed")
     special = ("<s>", "</s>")
     template = "{{ bos_token }}{% for m in messages %}[{{ m.role }}]{{ m.content }}{{ eos_token }}{% endfor %}"
     template += "{% if add_generation_prompt %}[assistant]{% endif %}"
     settings = {"eos_token": "</s>", "bos_token": "<s>", "pad_token": "</s>", "chat_template": template}
-    folder = train_tokeniser(tmp_path / "bpe", settings=settings, special=special, first="<s>", vocabulary=300)
+    folder = train_tokenizer(tmp_path / "bpe", settings=settings, special=special, first="<s>", vocabulary=300)
     _lines(tmp_path, "text.jsonl", [{"text": "naïve 😀 café"}])
     _lines(tmp_path, "chat.jsonl", [{"messages": [{"role": role, "content": role} for role in ("user", "assistant")]}])
     load = lambda kind: text.load(
-        _config(f"jsonl:{kind}.json*", tmp_path, tokeniser=folder, context=99, packing="whole", test=f"{kind}.jsonl")
+        _config(f"jsonl:{kind}.json*", tmp_path, tokenizer=folder, context=99, packing="whole", test=f"{kind}.jsonl")
     )
     with pytest.raises(UserError, match=r"the train split of jsonl:text.json. has no documents"):
         load("text")
@@ -200,14 +200,14 @@ def test_a_trained_tokeniser_with_tokens_before_and_after(tmp_path):
         (tmp_path / f"{kind}.json_").write_bytes((tmp_path / f"{kind}.jsonl").read_bytes())
     plain, spoken = load("text"), load("chat")
     real = plain.train.tokens[plain.train.segments > 0].tolist()
-    assert real[0] == 0 and real[-1] == 1 and real[1:-1] == plain.tokeniser.encode("naïve 😀 café")[0].tolist()
+    assert real[0] == 0 and real[-1] == 1 and real[1:-1] == plain.tokenizer.encode("naïve 😀 café")[0].tolist()
     assert text.target_bytes(plain.train) == len("naïve 😀 café".encode())  # the first byte is a target after <s>
     real = spoken.train.tokens[spoken.train.segments > 0].tolist()
-    assert real == spoken.tokeniser.encode("<s>[user]user</s>[assistant]assistant</s>")[0].tolist()
+    assert real == spoken.tokenizer.encode("<s>[user]user</s>[assistant]assistant</s>")[0].tolist()
     assert real.count(0) == 1 and real.count(1) == 2  # neither is written twice
     targets = spoken.train.tokens[:, 1:][target_mask(spoken.train)]
-    assert targets.tolist() == spoken.tokeniser.encode("assistant</s>")[0].tolist()
-    assert plain.tokeniser.sha256 == tokenisers.load(folder).sha256
+    assert targets.tolist() == spoken.tokenizer.encode("assistant</s>")[0].tolist()
+    assert plain.tokenizer.sha256 == tokenizers.load(folder).sha256
 
 
 def test_the_digest_is_of_what_signals_of_a_teacher_depend_on(tmp_path):
@@ -248,8 +248,8 @@ def test_a_prepared_tfds_set_is_read(tmp_path):
     info = {"name": "poems", "version": "1.0.0", "fileFormat": "array_record", "splits": splits}
     (folder / "dataset_info.json").write_text(json.dumps(info))
     dataset = text.load(_config("tfds:poems", tmp_path, packing="whole", context=30, text="poem"))
-    assert [whole for whole, _ in _documents(dataset.train, dataset.tokeniser)] == sorted(texts["train"])
-    assert [whole for whole, _ in _documents(dataset.test, dataset.tokeniser)] == texts["test"]
+    assert [whole for whole, _ in _documents(dataset.train, dataset.tokenizer)] == sorted(texts["train"])
+    assert [whole for whole, _ in _documents(dataset.test, dataset.tokenizer)] == texts["test"]
     assert dataset.prompt == "in allen Wipfeln"
     with pytest.raises(UserError, match="did you mean 'poem'"):
         text.load(_config("tfds:poems", tmp_path, text="poen"))
@@ -332,7 +332,7 @@ def test_bad_input_is_refused_in_one_sentence(tmp_path, name, options, message):
     [
         ({"context": 1}, "the train split of text:.*: a context of 1 tokens"),
         ({"packing": "hole"}, "did you mean 'whole'"),
-        ({"tokeniser": "nowhere"}, "no tokeniser at nowhere"),
+        ({"tokenizer": "nowhere"}, "no tokenizer at nowhere"),
         ({"packing": "whole"}, r"document 0 \(.*a.txt\) has 50 tokens and a window 17"),
     ],
 )

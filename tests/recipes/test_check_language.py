@@ -174,7 +174,7 @@ def test_signals_of_neighbouring_windows_fail(taught, drawn):
         assert check_cache.agrees(other, variables).ok is False
 
 
-def test_a_teacher_of_another_tokeniser_or_without_training_fails(taught):
+def test_a_teacher_of_another_tokenizer_or_without_training_fails(taught):
     experiment = build.prepare(_config(f"teacher.init={taught}"))
     right = experiments.load_teacher(experiment, MAIN)
     found = check_models.teacher_knows(experiment, MAIN, right)
@@ -184,7 +184,7 @@ def test_a_teacher_of_another_tokeniser_or_without_training_fails(taught):
     embedding = jnp.roll(right["params"]["embed"]["embedding"], 1, axis=0)
     shifted = {**right, "params": {**right["params"], "embed": {"embedding": embedding}}}
     found = check_models.teacher_knows(experiment, MAIN, shifted)
-    assert found.ok is False and "tokeniser" in found.meaning
+    assert found.ok is False and "tokenizer" in found.meaning
     broken = jax.tree.map(lambda x: x * jnp.nan, right)
     assert check_models.teacher_knows(experiment, MAIN, broken).value == "not finite"
 

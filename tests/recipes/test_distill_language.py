@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 
 from kdjax import build, huggingface, prune, results, sharding, train
 from kdjax import experiment as experiments
-from kdjax.data import text, tokenisers
+from kdjax.data import text, tokenizers
 from kdjax.errors import UserError
 from kdjax.experiment import ALONE, DISTILLED, STUDENTS
 from kdjax.model import logits_of
@@ -69,7 +69,7 @@ def letters(tmp_path_factory):
     """A config on 33 letters whose teacher is a folder of 40 rows, for two steps of plain gradient descent."""
     folder = tmp_path_factory.mktemp("letters")
     config = letters_config(folder)
-    decoder_folder(folder / "teacher", folder / "tokeniser", vocabulary=40, layers=3, width=24, heads=3)
+    decoder_folder(folder / "teacher", folder / "tokenizer", vocabulary=40, layers=3, width=24, heads=3)
     config.teacher.init, config.teacher.options = str(folder / "teacher"), {}
     config.train.steps = 2
     config.optimizer.update(name="sgd", learning_rate=1.0)
@@ -128,9 +128,9 @@ def test_a_student_is_handed_over_as_transformers_reads_it(finished):
         assert scores["accuracy"] == pytest.approx(float(right), abs=2e-4)
     reader = transformers.AutoTokenizer.from_pretrained(folder)
     for written in ("def f(x):\n\treturn 1  # Grüße, 漢字 😀\r\n", "  ", "\x00\x7f"):
-        ids = dataset.tokeniser.encode(written)[0].tolist()
-        assert reader(written)["input_ids"] == ids == tokenisers.load(folder).encode(written)[0].tolist()
-    assert reader.eos_token_id == model.generation_config.eos_token_id == dataset.tokeniser.eos
+        ids = dataset.tokenizer.encode(written)[0].tolist()
+        assert reader(written)["input_ids"] == ids == tokenizers.load(folder).encode(written)[0].tolist()
+    assert reader.eos_token_id == model.generation_config.eos_token_id == dataset.tokenizer.eos
 
 
 # ------------------------------------------------------------------------------------------------------- resuming
@@ -228,7 +228,7 @@ def test_a_narrower_student_begins_with_channels_neurons_and_heads_of_its_teache
 
 def test_a_teacher_kept_in_bfloat16_says_what_its_weights_say_in_either_dtype(letters, tmp_path):
     sizes = {"vocabulary": 40, "layers": 2}
-    folder, variables = decoder_folder(tmp_path / "teacher", Path(letters.data.tokeniser), dtype=jnp.bfloat16, **sizes)
+    folder, variables = decoder_folder(tmp_path / "teacher", Path(letters.data.tokenizer), dtype=jnp.bfloat16, **sizes)
     tokens = {"tokens": jnp.arange(64, dtype=jnp.int32).reshape(2, 32) % 33}
     exact = jax.tree.map(lambda x: x.astype(jnp.float32), variables)
     wanted = logits_of(make_decoder(huggingface.read_config(folder)).apply(exact, tokens, train=False)[0])[..., :33]
@@ -351,7 +351,7 @@ def test_features_and_attention_of_decoders_are_compared_and_alike_where_the_mod
 
 
 def test_several_teachers_teach_and_are_scored_together(letters, tmp_path):
-    other, _ = decoder_folder(tmp_path / "other", Path(letters.data.tokeniser), seed=5, vocabulary=36)
+    other, _ = decoder_folder(tmp_path / "other", Path(letters.data.tokenizer), seed=5, vocabulary=36)
     config = changed(letters, train__steps=1)
     config.more_teachers = {"another": {"init": str(other), "options": {}, "weight": 3.0}}
     found = distill.run(config, tmp_path / "run", say=QUIET).results["arms"]

@@ -22,7 +22,7 @@ from kdjax.losses import response, sparse
 from kdjax.model import logits_of
 from kdjax.recipes import distill, signals
 from kdjax.tasks import language
-from tests.helpers import decoder_folder, letters_config, letters_tokeniser
+from tests.helpers import decoder_folder, letters_config, letters_tokenizer
 
 QUIET = lambda sentence: None
 K = 8
@@ -58,7 +58,7 @@ def base(tmp_path_factory):
     """A config whose teacher, of a padded table, is a folder; it asks for 8 of the 33 likeliest letters."""
     folder = tmp_path_factory.mktemp("letters")
     config = letters_config(folder)
-    decoder_folder(folder / "teacher", folder / "tokeniser", vocabulary=40)
+    decoder_folder(folder / "teacher", folder / "tokenizer", vocabulary=40)
     config.teacher.init, config.teacher.options = str(folder / "teacher"), {}
     # A file takes up to 128 KiB beside what it holds, which is much for 30 windows.
     config.cache.update(k=K, examples_per_shard=30, examples_per_batch=8, bytes_per_token=250.0)
@@ -251,19 +251,19 @@ def test_draws_teach_what_the_dense_divergence_teaches_on_average(base, drawn, o
 
 
 def test_a_cache_of_another_teacher_is_refused_before_a_student_is_trained(base, top_k, tmp_path):
-    other, _ = decoder_folder(tmp_path / "other", Path(base.data.tokeniser), seed=9, vocabulary=40)
+    other, _ = decoder_folder(tmp_path / "other", Path(base.data.tokenizer), seed=9, vocabulary=40)
     config = changed(base, teacher__cache=str(top_k[0]), teacher__init=str(other))
     with pytest.raises(UserError, match="another teacher"):
         distill.run(config, tmp_path / "run", say=QUIET)
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
-def test_a_cache_of_another_tokeniser_data_or_context_is_refused(base, top_k, tmp_path):
+def test_a_cache_of_another_tokenizer_data_or_context_is_refused(base, top_k, tmp_path):
     cached = changed(base, teacher__cache=str(top_k[0]))
-    other = letters_tokeniser(tmp_path / "other", letters="".join(sorted("abcdefghijklmnopqrstuvwxyz .é漢\n;!")))
+    other = letters_tokenizer(tmp_path / "other", letters="".join(sorted("abcdefghijklmnopqrstuvwxyz .é漢\n;!")))
     (tmp_path / "train.txt").write_text(Path(base.data.name.removeprefix("text:")).read_text().replace("x", "y"))
     for change, message in (
-        ({"data__tokeniser": str(other), "teacher__init": ""}, "another tokeniser"),
+        ({"data__tokenizer": str(other), "teacher__init": ""}, "another tokenizer"),
         ({"data__name": f"text:{tmp_path}/train.txt"}, "other data"),
         ({"data__context": 16}, "another number of tokens"),
     ):

@@ -17,7 +17,7 @@ from kdjax.errors import UserError
 from kdjax.model import logits_of
 from kdjax.models.decoder import DecoderConfig, make_decoder
 from kdjax.tasks import language
-from tests.helpers import LETTERS, WORDS, decoder_folder, letters_config, letters_tokeniser, tiny_language_config
+from tests.helpers import LETTERS, WORDS, decoder_folder, letters_config, letters_tokenizer, tiny_language_config
 
 SIZES = DecoderConfig(vocabulary=33, width=16, layers=1, heads=2, kv_heads=2, head_dim=8, mlp_width=32, context=32)
 DOCUMENTS = 21  # of the test split
@@ -33,7 +33,7 @@ def packed(tmp_path_factory):
         rows = [json.dumps({"prompt": words(2) + " ", "completion": words(3)}) for _ in range(count)]
         (folder / f"{name}.jsonl").write_text("\n".join(rows))
     data = {"name": f"jsonl:{folder}/train.jsonl", "options": {"test": f"{folder}/test.jsonl"}}
-    return text.load({**data, "tokeniser": "bytes", "context": 70, "packing": "whole"})
+    return text.load({**data, "tokenizer": "bytes", "context": 70, "packing": "whole"})
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +73,7 @@ def test_targets_inputs_and_positions_are_those_of_a_plain_loop(packed):
             assert found["inputs"]["tokens"][row, place] == batch["tokens"][row, place]
             assert found["inputs"]["segments"][row, place] == found["segments"][row, place] == here
             assert found["bytes"][row, place] == batch["bytes"][row, place + 1]
-            several, endings = max(several, here), endings + (label == packed.tokeniser.eos)
+            several, endings = max(several, here), endings + (label == packed.tokenizer.eos)
     assert several > 1 and endings == DOCUMENTS  # the token that ends each text is a target
     assert not np.asarray(found["mask"])[-2:].any()  # windows that fill up the last batch
     assert found["labels"].dtype == np.int32 and found["mask"].dtype == np.float32
@@ -204,11 +204,11 @@ def test_bits_per_byte_count_the_bytes_of_characters_of_several(letters):
 
 
 def test_tables_that_are_padded_differently_are_cut_to_the_tokens_that_are_shared(letters, tmp_path):
-    folder, variables = decoder_folder(tmp_path / "teacher", Path(letters.data.tokeniser), vocabulary=40)
+    folder, variables = decoder_folder(tmp_path / "teacher", Path(letters.data.tokenizer), vocabulary=40)
     config = taught_by(letters, folder)
     config.student.options = {**config.student.options, "vocabulary": 48}
     experiment = build.prepare(config)
-    assert experiment.classes == experiment.dataset.tokeniser.size == 33
+    assert experiment.classes == experiment.dataset.tokenizer.size == 33
     tokens = {"tokens": jnp.asarray(experiment.dataset.test.tokens[:2, :-1], jnp.int32)}
     whole = np.asarray(logits_of(make_decoder(SIZES._replace(vocabulary=40)).apply(variables, tokens, train=False)[0]))
     (taught, student), kinds = (experiment.teachers["teacher"], experiment.student), []
@@ -226,31 +226,31 @@ def test_tables_that_are_padded_differently_are_cut_to_the_tokens_that_are_share
 
 
 def test_the_smaller_of_two_vocabularies_counts_where_the_larger_goes_on(letters, tmp_path):
-    """The data's tokeniser has a token that the teacher does not know, and the text does not use it."""
-    longer = letters_tokeniser(tmp_path / "longer", letters=LETTERS + ";")
+    """The data's tokenizer has a token that the teacher does not know, and the text does not use it."""
+    longer = letters_tokenizer(tmp_path / "longer", letters=LETTERS + ";")
     content = json.loads((longer / "tokenizer.json").read_text())
     content["added_tokens"].append({**content["added_tokens"][0], "id": 33, "content": "<more>"})
     (longer / "tokenizer.json").write_text(json.dumps(content))
-    folder, _ = decoder_folder(tmp_path / "teacher", Path(letters.data.tokeniser))
+    folder, _ = decoder_folder(tmp_path / "teacher", Path(letters.data.tokenizer))
     config = taught_by(letters, folder)
-    config.data.tokeniser = str(longer)
+    config.data.tokenizer = str(longer)
     experiment = build.prepare(config)
-    assert experiment.dataset.tokeniser.size == 34 and experiment.classes == 33
+    assert experiment.dataset.tokenizer.size == 34 and experiment.classes == 33
     (tmp_path / "train.txt").write_text("ab <more> " * 30)
     config.data.name = f"text:{tmp_path}/train.txt"
     with pytest.raises(UserError, match="the data has the token 33 and teacher and student share 33 tokens"):
         build.prepare(config)
 
 
-def test_another_tokeniser_is_refused_by_its_first_difference(letters, tmp_path):
+def test_another_tokenizer_is_refused_by_its_first_difference(letters, tmp_path):
     swapped = LETTERS.replace("d", "#").replace("q", "d").replace("#", "q")
-    other = letters_tokeniser(tmp_path / "other", letters=swapped + ";")
+    other = letters_tokenizer(tmp_path / "other", letters=swapped + ";")
     for part in ("teacher", "student"):
         folder, _ = decoder_folder(tmp_path / part, other, vocabulary=40)
         config = taught_by(letters, folder, part)
-        with pytest.raises(UserError, match=rf"{part}\.init=.*data\.tokeniser=.*id 3 is 'q' .*'d' ") as refused:
+        with pytest.raises(UserError, match=rf"{part}\.init=.*data\.tokenizer=.*id 3 is 'q' .*'d' ") as refused:
             build.prepare(config)
-        assert str(refused.value).endswith(".") and "give both one tokeniser" in str(refused.value)
+        assert str(refused.value).endswith(".") and "give both one tokenizer" in str(refused.value)
 
 
 # ------------------------------------------------------------------------------------------------- what is refused
@@ -308,7 +308,7 @@ def test_peers_are_refused_since_they_learn_from_logits_of_images():
 
 
 def test_a_folder_says_its_own_sizes_and_reach(letters, tmp_path):
-    folder, _ = decoder_folder(tmp_path / "model", Path(letters.data.tokeniser), context=48)
+    folder, _ = decoder_folder(tmp_path / "model", Path(letters.data.tokenizer), context=48)
     config = taught_by(letters, folder, layers=1, remat="none")  # the same may be said
     config.data.context = 48
     assert build.prepare(config).dataset.context == 48

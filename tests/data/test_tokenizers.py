@@ -5,10 +5,10 @@ import sys
 import numpy as np
 import pytest
 
-from kdjax.data import tokenisers
+from kdjax.data import tokenizers
 from kdjax.errors import UserError
 
-tokenizers = pytest.importorskip("tokenizers", reason="the package tokenizers is not installed")
+backend = pytest.importorskip("tokenizers", reason="the package tokenizers is not installed")
 
 TEXTS = [
     "plain\nlines\r\n\n  indented\twith tabs  ",
@@ -19,24 +19,24 @@ TEXTS = [
 ]
 
 
-def train_tokeniser(folder, corpus=TEXTS, *, settings=None, special=("<|endoftext|>",), vocabulary=400, first=None):
+def train_tokenizer(folder, corpus=TEXTS, *, settings=None, special=("<|endoftext|>",), vocabulary=400, first=None):
     """A folder with a byte-level BPE that is trained on the spot; ``first``: a token it puts before every text."""
-    tokeniser = tokenizers.Tokenizer(tokenizers.models.BPE())
-    tokeniser.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokeniser.decoder = tokenizers.decoders.ByteLevel()
-    trainer = tokenizers.trainers.BpeTrainer(
+    tokenizer = backend.Tokenizer(backend.models.BPE())
+    tokenizer.pre_tokenizer = backend.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = backend.decoders.ByteLevel()
+    trainer = backend.trainers.BpeTrainer(
         vocab_size=vocabulary,
         special_tokens=list(special),
-        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+        initial_alphabet=backend.pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokeniser.train_from_iterator(corpus, trainer)
+    tokenizer.train_from_iterator(corpus, trainer)
     if first:
-        tokeniser.post_processor = tokenizers.processors.TemplateProcessing(
-            single=f"{first} $A", special_tokens=[(first, tokeniser.token_to_id(first))]
+        tokenizer.post_processor = backend.processors.TemplateProcessing(
+            single=f"{first} $A", special_tokens=[(first, tokenizer.token_to_id(first))]
         )
     folder.mkdir(parents=True, exist_ok=True)
-    tokeniser.save(str(folder / "tokenizer.json"))
+    tokenizer.save(str(folder / "tokenizer.json"))
     settings = {"eos_token": "<|endoftext|>"} if settings is None else settings
     (folder / "tokenizer_config.json").write_text(
         json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, **settings})
@@ -45,38 +45,38 @@ def train_tokeniser(folder, corpus=TEXTS, *, settings=None, special=("<|endoftex
 
 
 def test_bytes_are_the_ids():
-    tokeniser = tokenisers.load("bytes")
+    tokenizer = tokenizers.load("bytes")
     for text in TEXTS:
-        ids, covered = tokeniser.encode(text)
+        ids, covered = tokenizer.encode(text)
         assert ids.dtype == covered.dtype == np.int32
         assert ids.tolist() == list(text.encode()) and covered.tolist() == [1] * len(ids)
-        assert tokeniser.decode(ids) == text
-    encoded = tokeniser.encode_all(["aé😀"])[0]
+        assert tokenizer.decode(ids) == text
+    encoded = tokenizer.encode_all(["aé😀"])[0]
     assert encoded.starts.tolist() == [0, 1, 1, 2, 2, 2, 2]
     assert encoded.ends.tolist() == [1, 2, 2, 3, 3, 3, 3]
-    assert (tokeniser.size, tokeniser.eos, tokeniser.bos) == (257, 256, None)
-    assert tokeniser.decode([97, 0xC3, 98, 256, 300]) == "a\ufffdb"  # half a character; the end of text; no token
-    assert sorted(tokeniser.vocabulary.values()) == list(range(257))
+    assert (tokenizer.size, tokenizer.eos, tokenizer.bos) == (257, 256, None)
+    assert tokenizer.decode([97, 0xC3, 98, 256, 300]) == "a\ufffdb"  # half a character; the end of text; no token
+    assert sorted(tokenizer.vocabulary.values()) == list(range(257))
 
 
 def test_bytes_need_no_package(tmp_path):
     code = (
         "import sys; sys.modules['tokenizers'] = None\n"
-        "from kdjax.data import tokenisers\n"
-        "assert tokenisers.load('bytes').encode('a')[0].tolist() == [97]\n"
-        f"tokenisers.write_byte_tokeniser({str(tmp_path)!r})\n"
-        f"try: tokenisers.load({str(tmp_path)!r})\n"
+        "from kdjax.data import tokenizers\n"
+        "assert tokenizers.load('bytes').encode('a')[0].tolist() == [97]\n"
+        f"tokenizers.write_byte_tokenizer({str(tmp_path)!r})\n"
+        f"try: tokenizers.load({str(tmp_path)!r})\n"
         "except Exception as error: print(type(error).__name__, error)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.startswith("UserError") and "pip install 'kdjax[text]'" in done.stdout
 
 
-def test_the_written_byte_tokeniser_is_the_same_to_transformers(tmp_path):
+def test_the_written_byte_tokenizer_is_the_same_to_transformers(tmp_path):
     transformers = pytest.importorskip("transformers", reason="transformers is not installed")
-    tokenisers.write_byte_tokeniser(tmp_path / "bytes")
+    tokenizers.write_byte_tokenizer(tmp_path / "bytes")
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "bytes")
-    ours = tokenisers.load("bytes")
+    ours = tokenizers.load("bytes")
     for text in TEXTS:
         ids = theirs(text)["input_ids"]
         assert ids == ours.encode(text)[0].tolist() == list(text.encode())
@@ -84,16 +84,16 @@ def test_the_written_byte_tokeniser_is_the_same_to_transformers(tmp_path):
     assert theirs.decode([*range(256)]) == ours.decode(range(256))
     assert (theirs.eos_token_id, len(theirs), theirs.bos_token_id) == (256, 257, None)
     assert theirs("a<|endoftext|>b")["input_ids"] == [97, 256, 98]
-    read = tokenisers.load(tmp_path / "bytes")
+    read = tokenizers.load(tmp_path / "bytes")
     assert (read.size, read.bos, read.eos) == (257, None, 256)
-    assert tokenisers.shared_vocabulary(ours, read) == 257
+    assert tokenizers.shared_vocabulary(ours, read) == 257
     assert read.vocabulary == ours.vocabulary == theirs.get_vocab()
 
 
 @pytest.mark.parametrize("place", ["folder", "file"])
-def test_a_tokeniser_file_gives_the_ids_of_transformers(tmp_path, place):
+def test_a_tokenizer_file_gives_the_ids_of_transformers(tmp_path, place):
     transformers = pytest.importorskip("transformers", reason="transformers is not installed")
-    folder = train_tokeniser(tmp_path / "bpe")
+    folder = train_tokenizer(tmp_path / "bpe")
     content = json.loads((folder / "tokenizer.json").read_text())
     # What a training script left behind; it must not reach the ids.
     content["truncation"] = {"direction": "Right", "max_length": 4, "strategy": "LongestFirst", "stride": 0}
@@ -105,11 +105,11 @@ def test_a_tokeniser_file_gives_the_ids_of_transformers(tmp_path, place):
         "pad_type_id": 0,
         "pad_token": "<|endoftext|>",
     }
-    plain = tokenisers.load(folder)
+    plain = tokenizers.load(folder)
     (folder / "tokenizer.json").write_text(json.dumps(content))
-    ours = tokenisers.load(folder if place == "folder" else folder / "tokenizer.json")
+    ours = tokenizers.load(folder if place == "folder" else folder / "tokenizer.json")
     assert ours.sha256 == plain.sha256
-    assert tokenisers.folder_of(ours.name) == folder
+    assert tokenizers.folder_of(ours.name) == folder
     theirs = transformers.AutoTokenizer.from_pretrained(folder)
     for text, encoded in zip(TEXTS, ours.encode_all(TEXTS), strict=True):
         ids, covered = ours.encode(text)
@@ -123,21 +123,21 @@ def test_a_tokeniser_file_gives_the_ids_of_transformers(tmp_path, place):
 
 
 def test_bytes_of_tokens_that_share_a_character_or_drop_some(tmp_path):
-    folder = train_tokeniser(tmp_path, ["a"], vocabulary=257)
-    encoded = tokenisers.load(folder).encode_all(["aé😀b"])[0]
+    folder = train_tokenizer(tmp_path, ["a"], vocabulary=257)
+    encoded = tokenizers.load(folder).encode_all(["aé😀b"])[0]
     assert encoded.bytes.tolist() == [1, 2, 0, 4, 0, 0, 0, 1]
     content = json.loads((folder / "tokenizer.json").read_text())
     content["normalizer"] = {"type": "Strip", "strip_left": True, "strip_right": True}
     (folder / "tokenizer.json").write_text(json.dumps(content))
-    encoded = tokenisers.load(folder).encode_all(["  ab é \n"])[0]
+    encoded = tokenizers.load(folder).encode_all(["  ab é \n"])[0]
     assert encoded.bytes.tolist() == [3, 1, 1, 2, 2]
 
 
-def test_the_digest_tells_tokenisers_apart(tmp_path):
-    one = tokenisers.load(train_tokeniser(tmp_path / "one"))
-    other = tokenisers.load(train_tokeniser(tmp_path / "other", vocabulary=390))
-    assert len({one.sha256, other.sha256, tokenisers.load("bytes").sha256}) == 3
-    assert one.sha256 == tokenisers.load(tmp_path / "one").sha256
+def test_the_digest_tells_tokenizers_apart(tmp_path):
+    one = tokenizers.load(train_tokenizer(tmp_path / "one"))
+    other = tokenizers.load(train_tokenizer(tmp_path / "other", vocabulary=390))
+    assert len({one.sha256, other.sha256, tokenizers.load("bytes").sha256}) == 3
+    assert one.sha256 == tokenizers.load(tmp_path / "one").sha256
 
 
 SPECIAL = ("<|endoftext|>", "<s>", "</s>")
@@ -155,11 +155,11 @@ SPECIAL = ("<|endoftext|>", "<s>", "</s>")
     ],
 )
 def test_which_token_ends_a_text_is_read_from_the_files_beside(tmp_path, settings, files, eos):
-    folder = train_tokeniser(tmp_path, settings=settings, special=SPECIAL)
+    folder = train_tokenizer(tmp_path, settings=settings, special=SPECIAL)
     for name, content in files.items():
         (folder / name).write_text(json.dumps(content))
-    tokeniser = tokenisers.load(folder)
-    assert tokeniser.eos == eos and tokeniser.special_tokens["eos_token"] == SPECIAL[eos]
+    tokenizer = tokenizers.load(folder)
+    assert tokenizer.eos == eos and tokenizer.special_tokens["eos_token"] == SPECIAL[eos]
 
 
 @pytest.mark.parametrize(
@@ -176,63 +176,63 @@ def test_which_token_ends_a_text_is_read_from_the_files_beside(tmp_path, setting
 def test_the_token_before_a_text_is_the_one_that_transformers_puts_there(tmp_path, first, settings, bos):
     transformers = pytest.importorskip("transformers", reason="transformers is not installed")
     settings = {"eos_token": "</s>", **settings}
-    folder = train_tokeniser(tmp_path, settings=settings, special=SPECIAL, first=first)
+    folder = train_tokenizer(tmp_path, settings=settings, special=SPECIAL, first=first)
     (folder / "config.json").write_text(json.dumps({"bos_token_id": 0}))  # of the model, as Qwen2.5 has one
-    tokeniser = tokenisers.load(folder)
-    assert tokeniser.bos == bos
+    tokenizer = tokenizers.load(folder)
+    assert tokenizer.bos == bos
     if "add_bos_token" not in settings:
         theirs = transformers.PreTrainedTokenizerFast.from_pretrained(folder)("plain")["input_ids"]
-        assert theirs == [*([] if bos is None else [bos]), *tokeniser.encode("plain")[0].tolist()]
+        assert theirs == [*([] if bos is None else [bos]), *tokenizer.encode("plain")[0].tolist()]
 
 
 def test_chat_templates_are_found(tmp_path):
-    folder = train_tokeniser(tmp_path)
-    assert tokenisers.load(folder).chat_template is None
-    train_tokeniser(tmp_path, settings={"eos_token": "<|endoftext|>", "chat_template": "one"})
-    assert tokenisers.load(folder).chat_template == "one"
+    folder = train_tokenizer(tmp_path)
+    assert tokenizers.load(folder).chat_template is None
+    train_tokenizer(tmp_path, settings={"eos_token": "<|endoftext|>", "chat_template": "one"})
+    assert tokenizers.load(folder).chat_template == "one"
     named = [{"name": "rag", "template": "two"}, {"name": "default", "template": "three"}]
-    train_tokeniser(tmp_path, settings={"eos_token": "<|endoftext|>", "chat_template": named})
-    assert tokenisers.load(folder).chat_template == "three"
+    train_tokenizer(tmp_path, settings={"eos_token": "<|endoftext|>", "chat_template": named})
+    assert tokenizers.load(folder).chat_template == "three"
     (folder / "chat_template.jinja").write_text("four")
-    assert tokenisers.load(folder).chat_template == "four"
+    assert tokenizers.load(folder).chat_template == "four"
 
 
 def test_bad_files_are_refused(tmp_path):
-    with pytest.raises(UserError, match=r"no tokeniser at .*nowhere: give 'bytes'"):
-        tokenisers.load(tmp_path / "nowhere")
-    with pytest.raises(UserError, match="no tokeniser at"):
-        tokenisers.load(tmp_path)
+    with pytest.raises(UserError, match=r"no tokenizer at .*nowhere: give 'bytes'"):
+        tokenizers.load(tmp_path / "nowhere")
+    with pytest.raises(UserError, match="no tokenizer at"):
+        tokenizers.load(tmp_path)
     (tmp_path / "tokenizer.json").write_text("{")
     with pytest.raises(UserError, match="is not JSON"):
-        tokenisers.load(tmp_path)
+        tokenizers.load(tmp_path)
     (tmp_path / "tokenizer.json").write_text("[]")
     with pytest.raises(UserError, match="holds a list"):
-        tokenisers.load(tmp_path)
+        tokenizers.load(tmp_path)
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(UserError, match=r"is not a tokenizer.json"):
-        tokenisers.load(tmp_path)
-    train_tokeniser(tmp_path, settings={})
+        tokenizers.load(tmp_path)
+    train_tokenizer(tmp_path, settings={})
     with pytest.raises(UserError, match="which token ends a text"):
-        tokenisers.load(tmp_path)
+        tokenizers.load(tmp_path)
 
 
 def test_vocabularies_are_compared_id_by_id():
     small = {"a": 0, "b": 1, "c": 2}
-    assert tokenisers.shared_vocabulary(small, dict(small)) == 3
-    assert tokenisers.shared_vocabulary(small, {**small, "d": 3}) == 3
-    assert tokenisers.shared_vocabulary({**small, "d": 3, "e": 9}, small) == 3
+    assert tokenizers.shared_vocabulary(small, dict(small)) == 3
+    assert tokenizers.shared_vocabulary(small, {**small, "d": 3}) == 3
+    assert tokenizers.shared_vocabulary({**small, "d": 3, "e": 9}, small) == 3
     with pytest.raises(UserError, match="id 1 is 'b' to the teacher and 'c' to the student"):
-        tokenisers.shared_vocabulary(small, {"a": 0, "c": 1, "b": 2})  # equal sizes, equal tokens
+        tokenizers.shared_vocabulary(small, {"a": 0, "c": 1, "b": 2})  # equal sizes, equal tokens
     with pytest.raises(UserError, match="id 0 is 'a' to the teacher and no token to the student"):
-        tokenisers.shared_vocabulary(small, {"a": 3, "b": 1, "c": 2})
+        tokenizers.shared_vocabulary(small, {"a": 3, "b": 1, "c": 2})
     with pytest.raises(UserError, match="id 2 is 'c' to the teacher and 'x' to the student"):
-        tokenisers.shared_vocabulary(small, {"a": 0, "b": 1, "x": 2, "c": 3})
+        tokenizers.shared_vocabulary(small, {"a": 0, "b": 1, "x": 2, "c": 3})
 
 
-def test_padded_tables_are_cut_to_the_tokeniser():
-    assert tokenisers.shared_rows(151936, 152064, 151665) == 151665
-    assert tokenisers.shared_rows(257, 257, 257) == 257
-    with pytest.raises(UserError, match="the student's table of embeddings has 150000 rows and the tokeniser 151665"):
-        tokenisers.shared_rows(151936, 150000, 151665)
+def test_padded_tables_are_cut_to_the_tokenizer():
+    assert tokenizers.shared_rows(151936, 152064, 151665) == 151665
+    assert tokenizers.shared_rows(257, 257, 257) == 257
+    with pytest.raises(UserError, match="the student's table of embeddings has 150000 rows and the tokenizer 151665"):
+        tokenizers.shared_rows(151936, 150000, 151665)
     with pytest.raises(UserError, match="the teacher's"):
-        tokenisers.shared_rows(100, 300, 257)
+        tokenizers.shared_rows(100, 300, 257)

@@ -1,4 +1,4 @@
-"""Tokenisers: the bytes themselves, or a ``tokenizer.json``; and the guard that two models speak one vocabulary."""
+"""Tokenizers: the bytes themselves, or a ``tokenizer.json``; and the guard that two models speak one vocabulary."""
 
 import hashlib
 import json
@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 
 from kdjax.errors import UserError
 
-BYTES = "bytes"  # the name of the tokeniser that needs no file
+BYTES = "bytes"  # the name of the tokenizer that needs no file
 END_OF_TEXT = "<|endoftext|>"
-# Where a folder says its special tokens, the tokeniser's own files before those of the model.
+# Where a folder says its special tokens, the tokenizer's own files before those of the model.
 _BY_TOKEN = ("tokenizer_config.json", "special_tokens_map.json")
 _BY_ID = ("generation_config.json", "config.json")
 
@@ -27,7 +27,7 @@ class Encoded(NamedTuple):
     ends: NDArray[np.int32]  # [n], the character after the last one
 
 
-class Tokeniser(NamedTuple):
+class Tokenizer(NamedTuple):
     """Text to ids and back.
 
     Tokens that share a character (the bytes of one, for example) all have its place; its bytes are counted once.
@@ -36,7 +36,7 @@ class Tokeniser(NamedTuple):
     name: str
     vocabulary: Mapping[str, int]  # token -> id, special and added tokens included
     size: int  # the highest id + 1
-    bos: int | None  # what the tokeniser puts before every text; None: nothing
+    bos: int | None  # what the tokenizer puts before every text; None: nothing
     eos: int  # what ends a text
     encode_all: Callable[[Sequence[str]], list[Encoded]]
     decode: Callable[[Sequence[int]], str]  # invalid UTF-8 becomes U+FFFD, special and unknown ids nothing
@@ -49,12 +49,12 @@ class Tokeniser(NamedTuple):
         return self.encode_all([text])[0][:2]
 
 
-def load(place: str | Path) -> Tokeniser:
-    """The tokeniser ``bytes``, or the one of a ``tokenizer.json``, given as this file or as the folder it is in.
+def load(place: str | Path) -> Tokenizer:
+    """The tokenizer ``bytes``, or the one of a ``tokenizer.json``, given as this file or as the folder it is in.
 
     ``bytes`` has the ids 0 to 255 for the bytes and 256 for the end of a text; no text contains the latter. In a
     ``tokenizer.json`` a special token that a text spells out is that token, as in ``transformers``. Which token ends a
-    text, which one the tokeniser puts first, and the chat template are read from the files beside it:
+    text, which one the tokenizer puts first, and the chat template are read from the files beside it:
     ``tokenizer_config.json``, ``special_tokens_map.json``, ``chat_template.jinja`` and, for the end of a text alone,
     ``generation_config.json`` and ``config.json``.
 
@@ -62,22 +62,22 @@ def load(place: str | Path) -> Tokeniser:
       UserError: no such file, one that cannot be read, no token that ends a text, or the package tokenizers is missing.
     """
     if str(place) == BYTES:
-        return _byte_tokeniser()
+        return _byte_tokenizer()
     folder = folder_of(place)
     path = folder / "tokenizer.json" if Path(place).is_dir() else Path(place)
     if not path.is_file():
         raise UserError(
-            f"no tokeniser at {place}: give {BYTES!r}, the path of a tokenizer.json, or a folder that has one."
+            f"no tokenizer at {place}: give {BYTES!r}, the path of a tokenizer.json, or a folder that has one."
         )
     return _from_file(str(place), path, folder)
 
 
 def folder_of(place: str | Path) -> Path:
-    """The folder of the tokeniser at ``place``, which is this folder or a file in it."""
+    """The folder of the tokenizer at ``place``, which is this folder or a file in it."""
     return Path(place) if Path(place).is_dir() else Path(place).parent
 
 
-def shared_vocabulary(teacher: Mapping[str, int] | Tokeniser, student: Mapping[str, int] | Tokeniser) -> int:
+def shared_vocabulary(teacher: Mapping[str, int] | Tokenizer, student: Mapping[str, int] | Tokenizer) -> int:
     """How many ids, from 0 on, mean the same token to both: all, or those of the smaller, whose ids the larger goes on.
 
     Vocabularies of one size are not therefore one vocabulary, so that the maps token -> id are compared.
@@ -85,7 +85,7 @@ def shared_vocabulary(teacher: Mapping[str, int] | Tokeniser, student: Mapping[s
     Raises:
       UserError: an id below the size of the smaller means different tokens; the lowest such is named.
     """
-    maps = [whose.vocabulary if isinstance(whose, Tokeniser) else whose for whose in (teacher, student)]
+    maps = [whose.vocabulary if isinstance(whose, Tokenizer) else whose for whose in (teacher, student)]
     shared = min(max(tokens.values(), default=-1) + 1 for tokens in maps)
     different = [number for _, number in maps[0].items() ^ maps[1].items() if number < shared]
     if different:
@@ -96,28 +96,28 @@ def shared_vocabulary(teacher: Mapping[str, int] | Tokeniser, student: Mapping[s
         )
         raise UserError(
             f"teacher and student have different vocabularies: id {lowest} is {ours} to the teacher and {theirs} to "
-            "the student, so give both one tokeniser."
+            "the student, so give both one tokenizer."
         )
     return shared
 
 
-def shared_rows(teacher_rows: int, student_rows: int, tokeniser_size: int) -> int:
-    """How many rows of two tables of embeddings, padded differently, count: as many as the tokeniser has ids.
+def shared_rows(teacher_rows: int, student_rows: int, tokenizer_size: int) -> int:
+    """How many rows of two tables of embeddings, padded differently, count: as many as the tokenizer has ids.
 
     Raises:
       UserError: a table has fewer rows than that.
     """
     for whose, rows in (("teacher", teacher_rows), ("student", student_rows)):
-        if rows < tokeniser_size:
+        if rows < tokenizer_size:
             raise UserError(
-                f"the {whose}'s table of embeddings has {rows} rows and the tokeniser {tokeniser_size} ids: give the "
-                f"{whose} at least as many rows, or use the tokeniser that belongs to it."
+                f"the {whose}'s table of embeddings has {rows} rows and the tokenizer {tokenizer_size} ids: give the "
+                f"{whose} at least as many rows, or use the tokenizer that belongs to it."
             )
-    return tokeniser_size
+    return tokenizer_size
 
 
-def write_byte_tokeniser(folder: str | Path) -> None:
-    """Writes the tokeniser ``bytes`` as ``transformers.AutoTokenizer`` and ``load`` read it: byte-level BPE, no merges.
+def write_byte_tokenizer(folder: str | Path) -> None:
+    """Writes the tokenizer ``bytes`` as ``transformers.AutoTokenizer`` and ``load`` read it: byte-level BPE, no merges.
 
     The ids are the same for every text that does not spell out ``<|endoftext|>``, which ``transformers`` takes for the
     end of a text.
@@ -128,7 +128,7 @@ def write_byte_tokeniser(folder: str | Path) -> None:
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
     end = {"id": 256, "content": END_OF_TEXT, "special": True}
     plain = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-    content = {
+    content: dict[str, Any] = {
         "version": "1.0",
         "truncation": None,
         "padding": None,
@@ -161,7 +161,7 @@ def write_byte_tokeniser(folder: str | Path) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
 
 
-def _byte_tokeniser() -> Tokeniser:
+def _byte_tokenizer() -> Tokenizer:
     def encode(text: str) -> Encoded:
         ids = np.frombuffer(text.encode(), np.uint8).astype(np.int32)
         starts = np.cumsum(ids & 0xC0 != 0x80, dtype=np.int32) - 1  # 10xxxxxx goes on with a character
@@ -171,7 +171,7 @@ def _byte_tokeniser() -> Tokeniser:
         return bytes(int(number) for number in ids if 0 <= number < 256).decode(errors="replace")
 
     vocabulary = {token: number for number, token in enumerate([*_byte_characters(), END_OF_TEXT])}
-    return Tokeniser(
+    return Tokenizer(
         name=BYTES,
         vocabulary=vocabulary,
         size=257,
@@ -191,17 +191,17 @@ def _byte_characters() -> list[str]:
     return [chr(byte) if byte in printable else chr(next(others)) for byte in range(256)]
 
 
-def _from_file(name: str, path: Path, folder: Path) -> Tokeniser:
+def _from_file(name: str, path: Path, folder: Path) -> Tokenizer:
     backend = _tokenizers()
     settings = {file: _json(folder / file) for file in (*_BY_TOKEN, *_BY_ID)}
     content = _json(path)
     # A file may say how its last user padded or cut batches; neither belongs to the ids of a text.
     content = {**content, "truncation": None, "padding": None}
     try:
-        tokeniser = backend.Tokenizer.from_str(json.dumps(content))
+        tokenizer = backend.Tokenizer.from_str(json.dumps(content))
     except Exception as error:  # tokenizers raises plain Exception
         raise UserError(f"{path} is not a tokenizer.json that the package tokenizers reads: {error}.") from error
-    vocabulary = tokeniser.get_vocab(with_added_tokens=True)
+    vocabulary = tokenizer.get_vocab(with_added_tokens=True)
     tokens = {id_: token for token, id_ in vocabulary.items()}
     special = _special_tokens(settings)
     eos = _end_of_text(special, settings, vocabulary, tokens)
@@ -210,19 +210,19 @@ def _from_file(name: str, path: Path, folder: Path) -> Tokeniser:
             f"nothing beside {path} says which token ends a text: name one of its tokens as eos_token in "
             "tokenizer_config.json."
         )
-    bos = _first_token(tokeniser, special, settings, vocabulary)
+    bos = _first_token(tokenizer, special, settings, vocabulary)
     special.setdefault("eos_token", tokens[eos])
     if bos is not None:
         special.setdefault("bos_token", tokens[bos])
 
     def encode_all(texts: Sequence[str]) -> list[Encoded]:
-        encodings = tokeniser.encode_batch(list(texts), add_special_tokens=False)
+        encodings = tokenizer.encode_batch(list(texts), add_special_tokens=False)
         return [_encoded(text, encoding) for text, encoding in zip(texts, encodings, strict=True)]
 
     def decode(ids: Sequence[int]) -> str:
-        return tokeniser.decode([int(number) for number in ids if int(number) in tokens], skip_special_tokens=True)
+        return tokenizer.decode([int(number) for number in ids if int(number) in tokens], skip_special_tokens=True)
 
-    return Tokeniser(
+    return Tokenizer(
         name=name,
         vocabulary=vocabulary,
         size=max(tokens) + 1,
@@ -278,17 +278,17 @@ def _end_of_text(
 
 
 def _first_token(
-    tokeniser: Any,
+    tokenizer: Any,
     special: Mapping[str, str],
     settings: Mapping[str, Mapping[str, Any]],
     vocabulary: Mapping[str, int],
 ) -> int | None:
-    """The token that the tokeniser puts before a text.
+    """The token that the tokenizer puts before a text.
 
     Not every model that names a ``bos_token`` was trained with one before its texts (GPT-2 and Qwen were not): what
-    counts is ``add_bos_token`` or, where that is not said, what the tokeniser itself does.
+    counts is ``add_bos_token`` or, where that is not said, what the tokenizer itself does.
     """
-    whole = tokeniser.encode("a", add_special_tokens=True)
+    whole = tokenizer.encode("a", add_special_tokens=True)
     own = whole.ids[0] if whole.special_tokens_mask[:1] == [1] else None
     if settings["tokenizer_config.json"].get("add_bos_token", own is not None):
         return vocabulary.get(special.get("bos_token", ""), own)
