@@ -80,7 +80,7 @@ def evaluate(call: Call) -> None:
 
 
 def check(call: Call) -> None:
-    """Test a config before spending device time on it: losses, shapes, teacher, memory, FLOPs.
+    """Test a config before spending device time on it: losses, shapes, teacher, cache, memory, FLOPs.
 
     Example:
       kdjax check --config configs/cifar100.py:res56_res20 --config.data.data_dir=DATA

@@ -195,17 +195,17 @@ def load_teacher(experiment: Experiment, name: str) -> Variables | None:
         return None
     if language.is_folder(place):
         rules, dtype = experiment.config.sharding.teacher, jnp.dtype(experiment.config.train.dtype)
-        return _as_cached(experiment, language.load_weights(place, experiment.mesh, rules, dtype))
+        return as_cached(experiment, language.load_weights(place, experiment.mesh, rules, dtype))
     model = model_of(experiment, name)
     here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     shapes = jax.eval_shape(model.init, jax.random.key(0))
     like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), shapes)
     variables, _ = checkpoint.load_model(checkpoint_folder(place), like)
-    return _as_cached(experiment, jax.device_get(variables))
+    return as_cached(experiment, jax.device_get(variables))
 
 
-def _as_cached(experiment: Experiment, variables: Variables) -> Variables:
-    """A teacher's weights; refused, before anything is trained, where the cache that speaks for it is another's."""
+def as_cached(experiment: Experiment, variables: Variables) -> Variables:
+    """A teacher's weights; refused, before a student is trained, where the cache that speaks for it is another's."""
     if experiment.signals:
         language.check_cache(experiment.signals, experiment.dataset, checkpoint.digest(variables))
     return variables

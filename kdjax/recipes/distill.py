@@ -163,6 +163,7 @@ def _obtain(
         if variables is None:
             taught = taught_by(experiment, name, done)
             done[name] = train_arm(experiment, name, workdir, teachers=taught, say=say)
+            experiments.as_cached(experiment, done[name].variables)
         else:
             done[name] = Trained(variables, 0, None)
         if name == list(experiment.teachers)[-1]:
@@ -207,7 +208,6 @@ def train_arm(
     if taught:
         meta["teacher_sha256"] = {key: checkpoint.digest(variables) for key, variables in taught.items()}
     if taught and name == DISTILLED and experiment.signals:
-        language.check_cache(experiment.signals, experiment.dataset, meta["teacher_sha256"][MAIN])
         taught = {MAIN: language.NO_WEIGHTS}
     arm = build.make_arm(experiment, name, taught)._replace(first=first)
     model = experiments.model_of(experiment, name)

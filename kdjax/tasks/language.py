@@ -75,18 +75,22 @@ def classes(config: ConfigDict, dataset: TextDataset) -> int:
     give the same ids, or one's a prefix of the other's, to which all are then cut.
 
     Raises:
-      UserError: tokenizers that differ (names the first difference), or data with ids beyond what is shared.
+      UserError: tokenizers that differ (names the first difference), a folder without one, or data with ids beyond what
+        is shared.
     """
     shared = dataset.tokenizer.size
     for where, part in _parts(config).items():
-        if is_folder(part.init) and (Path(part.init) / "tokenizer.json").is_file():
-            theirs = tokenizers.load(part.init)
-            try:
-                shared = min(shared, tokenizers.shared_vocabulary(theirs, dataset.tokenizer))
-            except UserError as error:
-                raise UserError(
-                    f"{where}.init={part.init} and data.tokenizer={config.data.tokenizer}: {error}"
-                ) from error
+        if not is_folder(part.init):
+            continue
+        if not (Path(part.init) / "tokenizer.json").is_file():
+            raise UserError(
+                f"{where}.init={part.init} has no tokenizer.json to compare with data.tokenizer="
+                f"{config.data.tokenizer}, and other ids would be noise to it: copy its tokenizer there."
+            )
+        try:
+            shared = min(shared, tokenizers.shared_vocabulary(tokenizers.load(part.init), dataset.tokenizer))
+        except UserError as error:
+            raise UserError(f"{where}.init={part.init} and data.tokenizer={config.data.tokenizer}: {error}") from error
     highest = max(int(split.tokens.max()) for split in (dataset.train, dataset.test))
     if highest >= shared:
         raise UserError(

@@ -264,7 +264,8 @@ def test_parts_of_a_batch_give_the_same_weights_up_to_rounding(letters, tmp_path
 def test_every_axis_of_the_mesh_gives_the_losses_of_one_device(tmp_path):
     config = tiny_language_config(steps=3, tokens_per_chunk=16)
     sizes = {"width": 64, "layers": 2, "heads": 4, "head_dim": 16, "mlp_width": 256}
-    decoder_folder(tmp_path / "teacher", vocabulary=260, **sizes)
+    tokenizers.write_byte_tokenizer(tmp_path / "bytes")
+    decoder_folder(tmp_path / "teacher", tmp_path / "bytes", vocabulary=260, **sizes)
     config.teacher.init, config.teacher.options = str(tmp_path / "teacher"), {}
     config.student.options = {**sizes, "layers": 1}
     for part in ("student", "teacher"):

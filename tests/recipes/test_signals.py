@@ -258,6 +258,13 @@ def test_a_cache_of_another_teacher_is_refused_before_a_student_is_trained(base,
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
+def test_a_cache_is_refused_where_the_teacher_trained_in_the_run_is_another(base, top_k, tmp_path):
+    config = changed(base, teacher__cache=str(top_k[0]), teacher__init="", teacher__options={"width": 16, "layers": 1})
+    with pytest.raises(UserError, match="another teacher"):
+        distill.run(config, tmp_path / "run", say=QUIET)
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["teacher"]
+
+
 def test_a_cache_of_another_tokenizer_data_or_context_is_refused(base, top_k, tmp_path):
     cached = changed(base, teacher__cache=str(top_k[0]))
     other = letters_tokenizer(tmp_path / "other", letters="".join(sorted("abcdefghijklmnopqrstuvwxyz .é漢\n;!")))

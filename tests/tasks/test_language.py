@@ -253,6 +253,13 @@ def test_another_tokenizer_is_refused_by_its_first_difference(letters, tmp_path)
         assert str(refused.value).endswith(".") and "give both one tokenizer" in str(refused.value)
 
 
+def test_a_folder_without_a_tokenizer_is_refused(letters, tmp_path):
+    for part in ("teacher", "student"):
+        folder, _ = decoder_folder(tmp_path / part, vocabulary=40)
+        with pytest.raises(UserError, match=rf"{part}\.init=.* has no tokenizer\.json .*: copy its tokenizer there\."):
+            build.prepare(taught_by(letters, folder, part))
+
+
 # ------------------------------------------------------------------------------------------------- what is refused
 
 
