@@ -104,6 +104,7 @@ CASES = [
     Case("lm_qwen3_32b_8b:top_k", 151669, 32.8, 8.19, 52),
 ]
 NAMES = [case.name for case in CASES]
+FAMILIES = {"lm_qwen25_7b_1_5b": "Qwen2.5", "lm_llama31_8b_1b": "Llama", "lm_qwen3_32b_8b": "Qwen3"}
 
 
 def config_of(name: str) -> Any:
@@ -111,21 +112,30 @@ def config_of(name: str) -> Any:
     return configs.from_file(f"{FOLDER / file}.py:{variant}" if variant else f"{FOLDER / file}.py")
 
 
+def numerals(tokens: int) -> dict[str, int]:
+    """A vocabulary of so many tokens: the numbers."""
+    return {str(number): number for number in range(tokens)}
+
+
 def blank(tokens: int, context: int) -> TextDataset:
     """Two windows of one token, and a tokenizer of so many ids."""
     ones = np.ones((2, context + 1), np.uint16)
     split = TextSplit(np.zeros((2, context + 1), np.int32), ones, ones.astype(bool), ones)
-    tokenizer = Tokenizer("blank", {}, tokens, None, 0, lambda texts: [], lambda ids: "", "")
+    tokenizer = Tokenizer("blank", numerals(tokens), tokens, None, 0, lambda texts: [], lambda ids: "", "")
     return TextDataset("blank", split, split, tokenizer, context, "", "")
 
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory) -> Path:
-    """Folders of the models with nothing in them but their config.json."""
+    """Folders of the models with nothing in them but their config.json and a tokenizer of as many tokens as theirs."""
     root = tmp_path_factory.mktemp("models")
     for name, content in PUBLISHED.items():
         (root / name).mkdir()
         (root / name / "config.json").write_text(json.dumps(content))
+        tokens = next(case.tokens for case in CASES if name.startswith(FAMILIES[case.name.partition(":")[0]]))
+        model = {"type": "WordLevel", "vocab": numerals(tokens), "unk_token": "0"}
+        (root / name / "tokenizer.json").write_text(json.dumps({"version": "1.0", "model": model}))
+        (root / name / "tokenizer_config.json").write_text(json.dumps({"eos_token": "0"}))
     return root
 
 

@@ -62,11 +62,10 @@ def classes(config: ConfigDict, dataset: Dataset) -> int:
     return len(dataset.class_names)
 
 
-def make_model(config: ConfigDict, part: ConfigDict, dataset: Dataset) -> Model:
-    """The bundled model that a part of the config names, for the images of the data set."""
+def make_model(config: ConfigDict, part: ConfigDict, dataset: Dataset, count: int) -> Model:
+    """The bundled model that a part of the config names, for the images of the data set and so many classes."""
     shape, options = tuple(dataset.train.inputs.shape[1:]), part.options.to_dict()
     dtype = jnp.dtype(config.train.dtype)
-    count = len(dataset.class_names)
     return from_nnx(
         lambda rngs: models.build(part.name, classes=count, input_shape=shape, rngs=rngs, dtype=dtype, **options)
     )

@@ -105,10 +105,9 @@ def _parts(config: ConfigDict) -> dict[str, ConfigDict]:
     return {"teacher": config.teacher, **named, "student": config.student}
 
 
-def make_model(config: ConfigDict, part: ConfigDict, dataset: TextDataset) -> Model:
-    """The decoder of a part of the config, whose logits are those of the shared vocabulary."""
+def make_model(config: ConfigDict, part: ConfigDict, dataset: TextDataset, shared: int) -> Model:
+    """The decoder of a part of the config, whose logits are those of the shared vocabulary (``classes``)."""
     sizes = decoder_config(config, part, dataset)
-    shared = classes(config, dataset)
     if sizes.vocabulary < shared:
         raise UserError(
             f"a decoder of {sizes.vocabulary} tokens cannot speak the {shared} of the tokenizer: set its option "
