@@ -6,6 +6,9 @@ Python's own standard library.
     kdjax distill --config configs/lm_bytes.py:cached --config.teacher.init=runs/lm_bytes \\
         --config.teacher.cache=runs/lm_bytes/cache
 
+Measured with seed 0 on 2 cores of an AMD EPYC, Python 3.11.7, commit 7688222, nothing else running: 9 minutes. Bits per
+byte of 583,248 test bytes: teacher 1.940, student alone 2.192, distilled 2.091. More: docs/results.md.
+
 Variants:
   cached     the distilled student learns from what the teacher said beforehand, its 32 likeliest bytes and the rest.
   quick      a few dozen steps of everything, to see that it runs; the numbers mean nothing.
@@ -36,7 +39,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config.optimizer.update(learning_rate=rate(5e-3), clip_norm=1.0)
     config.train.update(epochs=0, steps=1500)
     config.checkpoint.every = 500
-    config.log.update(every=20, eval_every=500)
+    config.log.update(every=20, eval_every=750)
     if arg == "cached":
         config.losses.kl.weight = 0.0
         config.losses.top_k.weight = 0.9
