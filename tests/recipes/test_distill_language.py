@@ -176,6 +176,7 @@ def test_students_begin_with_the_weights_of_a_folder_and_are_handed_over_as_they
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
     model = transformers.Qwen3ForCausalLM(transformers.Qwen3Config(vocab_size=36, **sizes, **heads)).eval()
     model.save_pretrained(tmp_path / "student")
+    shutil.copytree(letters.data.tokenizer, tmp_path / "student", dirs_exist_ok=True)
     config = changed(letters, student__init=str(tmp_path / "student"), student__options={})
     params, experiment = begun(config)
     folder = tmp_path / "student"
