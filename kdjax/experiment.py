@@ -80,8 +80,6 @@ def load(config: ConfigDict, dataset: Any = None) -> Experiment:
     if config.task not in TASKS:
         raise unknown("task", config.task, TASKS)
     task = TASKS[config.task]
-    if config.student.init and config.task != "language":
-        raise UserError("student.init is for language models: leave it empty.")
     mesh = sharding.make_mesh(config.mesh.to_dict())
     sharding.check_batch(config.data.batch_size, mesh, config.train.accumulate)
     sharding.check_batch(config.data.eval_batch_size, mesh, what="data.eval_batch_size")

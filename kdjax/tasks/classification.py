@@ -20,14 +20,14 @@ from kdjax.step import make_predict
 
 def load(config: ConfigDict, dataset: Dataset | None = None) -> Dataset:
     """The data set of a config, or the one that is given, checked."""
-    dataset = dataset or sources.load(config.data)
-    sources.validate(dataset)
-    if config.teacher.combine == "routed":
-        sources.check_routes(dataset, ["teacher", *config.more_teachers])
     if config.student.init:
         raise UserError(
             "student.init is for language models: leave it empty (a classifier begins with random weights)."
         )
+    dataset = dataset or sources.load(config.data)
+    sources.validate(dataset)
+    if config.teacher.combine == "routed":
+        sources.check_routes(dataset, ["teacher", *config.more_teachers])
     return dataset
 
 
