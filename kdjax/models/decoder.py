@@ -120,7 +120,7 @@ def make_decoder(
         inputs = inputs if isinstance(inputs, Mapping) else {"tokens": inputs}
         tokens, segments = inputs["tokens"], inputs.get("segments")
         length = tokens.shape[1]
-        if length > config.context:
+        if isinstance(length, int) and length > config.context:  # of a symbolic length, in an export, nobody knows
             raise UserError(
                 f"a sequence of {length} tokens is longer than the model's context of {config.context}: "
                 "cut the sequences, or use a model of longer context."
