@@ -14,8 +14,9 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from kdjax import chunks, huggingface, objective, prune, sharding
+from kdjax import chunks, huggingface, objective, sharding
 from kdjax.chunks import Layout, Positions
+from kdjax.compress import decoders
 from kdjax.data import cache, pipeline, text, tokenizers
 from kdjax.data.packing import TextSplit
 from kdjax.data.text import TextDataset
@@ -173,8 +174,8 @@ def decoder_config(config: ConfigDict, part: ConfigDict, dataset: TextDataset) -
 def _try_part(whole: DecoderConfig, part: DecoderConfig) -> None:
     """Shapes a student as a part of its teacher, so that one that is none is refused before the teacher is trained."""
     sizes = ((whole.width,), (whole.layers, whole.kv_heads), (whole.layers, whole.mlp_width))
-    ranked = prune.Importance(*map(jnp.zeros, sizes))
-    cut = lambda key: prune.student_from_teacher(whole, make_decoder(whole).init(key), part, importance=ranked)
+    ranked = decoders.Importance(*map(jnp.zeros, sizes))
+    cut = lambda key: decoders.student_from_teacher(whole, make_decoder(whole).init(key), part, importance=ranked)
     jax.eval_shape(cut, jax.random.key(0))
 
 
@@ -221,8 +222,8 @@ def first_weights(config: ConfigDict, dataset: TextDataset, mesh: Mesh, teacher:
     if whole._replace(layers=part.layers) != part:  # narrower, not only shallower
         some: dict[str, Any] = {"tokens": dataset.train.tokens, "segments": dataset.train.segments}
         some = {name: jnp.asarray(array[:_CALIBRATION, :-1], jnp.int32) for name, array in some.items()}
-        ranked = prune.importance(whole, weights, some)
-    return prune.student_from_teacher(whole, weights, part, importance=ranked)["params"]
+        ranked = decoders.importance(whole, weights, some)
+    return decoders.student_from_teacher(whole, weights, part, importance=ranked)["params"]
 
 
 # ------------------------------------------------------------------------------------------------------- a batch

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from kdjax import build, huggingface, prune, results, sharding, train
+from kdjax import build, huggingface, results, sharding, train
 from kdjax import experiment as experiments
+from kdjax.compress import decoders
 from kdjax.data import text, tokenizers
 from kdjax.errors import UserError
 from kdjax.experiment import ALONE, DISTILLED, STUDENTS
@@ -223,7 +224,7 @@ def test_a_narrower_student_begins_with_channels_neurons_and_heads_of_its_teache
     split = experiment.dataset.train
     some = {"tokens": split.tokens[:16, :-1].astype(np.int32), "segments": split.segments[:16, :-1].astype(np.int32)}
     sizes = [language.decoder_config(config, part, experiment.dataset) for part in (config.teacher, config.student)]
-    ranked = prune.importance(sizes[0], teacher, some)
+    ranked = decoders.importance(sizes[0], teacher, some)
     assert channels == sorted(np.argsort(-ranked.channels, stable=True)[:16].tolist())
 
 

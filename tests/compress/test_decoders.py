@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from kdjax import huggingface, prune, sharding
+from kdjax import huggingface, sharding
+from kdjax.compress import decoders
 from kdjax.errors import UserError
 from kdjax.model import first_mismatch, logits_of
 from kdjax.models.decoder import DecoderConfig, RopeScaling, make_decoder
@@ -41,7 +42,7 @@ def variables_of(config):
 def any_scores(config):
     rng = np.random.default_rng(1)
     shapes = (config.width,), (config.layers, config.kv_heads), (config.layers, config.mlp_width)
-    return prune.Importance(*(rng.random(shape) for shape in shapes))
+    return decoders.Importance(*(rng.random(shape) for shape in shapes))
 
 
 def scaled(variables, path, factors):
@@ -77,13 +78,13 @@ def kl_to(teacher_logits, student_logits):
     ],
 )
 def test_layers_are_evenly_spaced_from_the_first_to_the_last(teacher, student, chosen):
-    assert prune.layer_choice(teacher, student) == chosen
+    assert decoders.layer_choice(teacher, student) == chosen
 
 
 def test_layers_are_distinct_for_all_sizes():
     for teacher in range(1, 50):
         for student in range(1, teacher + 1):
-            chosen = prune.layer_choice(teacher, student)
+            chosen = decoders.layer_choice(teacher, student)
             assert len(set(chosen)) == student
             assert chosen == tuple(sorted(chosen))
             assert student == 1 or (chosen[0], chosen[-1]) == (0, teacher - 1)
@@ -93,8 +94,8 @@ def test_layers_are_distinct_for_all_sizes():
 def test_a_student_of_the_same_config_is_the_teacher(family):
     config = FAMILIES[family]
     variables = variables_of(config)
-    assert equal_trees(prune.student_from_teacher(config, variables, config), variables)
-    cut = prune.student_from_teacher(config, variables, config, importance=any_scores(config))
+    assert equal_trees(decoders.student_from_teacher(config, variables, config), variables)
+    cut = decoders.student_from_teacher(config, variables, config, importance=any_scores(config))
     assert equal_trees(cut, variables)
 
 
@@ -102,7 +103,7 @@ def test_a_student_of_the_same_config_is_the_teacher(family):
 def test_fewer_layers_are_the_teachers(family):
     config = FAMILIES[family]
     variables, smaller = variables_of(config), config._replace(layers=3)
-    cut = prune.student_from_teacher(config, variables, smaller)
+    cut = decoders.student_from_teacher(config, variables, smaller)
     wanted = variables["params"] | {
         "blocks": jax.tree.map(lambda x: x[np.array([0, 2, 4])], variables["params"]["blocks"])
     }
@@ -114,7 +115,7 @@ def test_all_sizes_at_once_fit_the_students_config(family):
     config = FAMILIES[family]
     variables = jax.tree.map(lambda x: x.astype(jnp.bfloat16), variables_of(config))
     student = config._replace(vocabulary=50, width=20, layers=2, heads=4, kv_heads=2, mlp_width=17, context=32)
-    cut = prune.student_from_teacher(config, variables, student, importance=any_scores(config))
+    cut = decoders.student_from_teacher(config, variables, student, importance=any_scores(config))
     assert first_mismatch(jax.eval_shape(make_decoder(student).init, jax.random.key(0)), cut) is None
     assert {leaf.dtype for leaf in jax.tree.leaves(cut)} == {jnp.dtype(jnp.bfloat16)}
     assert np.isfinite(logits(student, cut, TOKENS % 50)).all()
@@ -134,7 +135,7 @@ def test_cutting_dead_heads_and_neurons_changes_nothing(family):
     if config.qkv_bias:
         dead = scaled(dead, "params/blocks/attention/v/bias", groups[:, 0])
     student = config._replace(heads=4, kv_heads=2, mlp_width=27)
-    cut = prune.student_from_teacher(config, dead, student, importance=prune.importance(config, dead, TOKENS))
+    cut = decoders.student_from_teacher(config, dead, student, importance=decoders.importance(config, dead, TOKENS))
     wanted = logits(config, dead)
     assert np.abs(wanted - logits(config, variables)).max() > 0.1
     np.testing.assert_allclose(logits(student, cut), wanted, atol=2e-5)
@@ -149,7 +150,7 @@ def test_cutting_dead_channels_changes_the_norms_mean_square_alone():
         rank = 2 if path.startswith("embed") else 3
         dead = scaled(dead, f"params/{path}", alive.reshape((1,) * (rank - 1) + (32,)))
     student = config._replace(width=22)
-    cut = prune.student_from_teacher(config, dead, student, importance=prune.importance(config, dead, TOKENS))
+    cut = decoders.student_from_teacher(config, dead, student, importance=decoders.importance(config, dead, TOKENS))
     # The same sum of squares over 22 channels instead of 32 gives a larger mean.
     for path in ("blocks/attention_norm", "blocks/mlp_norm", "norm"):
         dead = scaled(dead, f"params/{path}/scale", np.float32(np.sqrt(22 / 32)))
@@ -160,7 +161,7 @@ def test_the_vocabulary_is_cut_to_its_first_rows_and_a_tied_teacher_may_have_an_
     tied = FAMILIES["llama"]
     variables = variables_of(tied)
     student = tied._replace(vocabulary=50, tied=False)
-    cut = prune.student_from_teacher(tied, variables, student)
+    cut = decoders.student_from_teacher(tied, variables, student)
     tokens = TOKENS % 50
     np.testing.assert_array_equal(logits(student, cut, tokens), logits(tied, variables, tokens)[..., :50])
 
@@ -193,7 +194,7 @@ def test_importance_is_what_the_modules_of_transformers_give(family, tmp_path):
 
     norms = [name for name in seen if name.endswith("norm")]
     assert len(norms) == 11
-    found = prune.importance(config, variables, TOKENS)
+    found = decoders.importance(config, variables, TOKENS)
     np.testing.assert_allclose(found.channels, sum(total(abs(seen[name])) for name in norms), rtol=1e-4)
     for layer in range(5):
         neurons = seen[f"model.layers.{layer}.mlp.down_proj"]
@@ -204,14 +205,14 @@ def test_importance_is_what_the_modules_of_transformers_give(family, tmp_path):
 
 def test_padding_does_not_count_and_packing_separates():
     variables = variables_of(TEACHER)
-    plain = prune.importance(TEACHER, variables, TOKENS)
+    plain = decoders.importance(TEACHER, variables, TOKENS)
     segments = np.pad(np.ones_like(TOKENS), ((0, 2), (0, 8)))
     padded = {"tokens": np.pad(TOKENS, ((0, 2), (0, 8)), constant_values=5), "segments": segments, "other": None}
-    found = prune.importance(TEACHER, variables, padded)
+    found = decoders.importance(TEACHER, variables, padded)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4), found, plain)
     # Two documents in a row count as its mean: with a row of twice the same, the scores are those of one.
     packed = {"tokens": np.tile(TOKENS, 2), "segments": np.repeat([[1, 2]], 24, axis=1) * np.ones((6, 1), int)}
-    found = prune.importance(TEACHER, variables, packed)
+    found = decoders.importance(TEACHER, variables, packed)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4), found, plain)
 
 
@@ -238,11 +239,11 @@ def test_importance_cuts_better_than_chance(axis):
         student = TEACHER._replace(mlp_width=20)
 
     def kl(scores):
-        cut = prune.student_from_teacher(TEACHER, variables, student, importance=scores)
+        cut = decoders.student_from_teacher(TEACHER, variables, student, importance=scores)
         held_out = np.random.default_rng(9).integers(0, 61, TOKENS.shape).astype(np.int32)
         return kl_to(logits(TEACHER, variables, held_out), logits(student, cut, held_out))
 
-    measured = prune.importance(TEACHER, variables, TOKENS)
+    measured = decoders.importance(TEACHER, variables, TOKENS)
     draws = [jax.tree.map(lambda x: jnp.asarray(rng.random(x.shape), x.dtype), measured) for _ in range(5)]
     chances = [kl(scores) for scores in draws]
     assert kl(measured) < 0.8 * min(chances), (kl(measured), chances)
@@ -257,14 +258,15 @@ def test_a_sharded_teacher_gives_the_same_student():
         lambda x: jax.device_put(x, NamedSharding(mesh, spec.get(x.ndim, PartitionSpec()))), variables
     )
     student = config._replace(width=20, layers=3, heads=4, kv_heads=2, mlp_width=16)
-    whole = prune.importance(config, variables, TOKENS)
-    measured = prune.importance(config, spread, TOKENS)
+    whole = decoders.importance(config, variables, TOKENS)
+    measured = decoders.importance(config, spread, TOKENS)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4), measured, whole)
-    cut = prune.student_from_teacher(config, spread, student, importance=measured)
-    assert equal_trees(cut, prune.student_from_teacher(config, variables, student, importance=whole))
+    cut = decoders.student_from_teacher(config, spread, student, importance=measured)
+    assert equal_trees(cut, decoders.student_from_teacher(config, variables, student, importance=whole))
     thinner = config._replace(layers=3)
     assert equal_trees(
-        prune.student_from_teacher(config, spread, thinner), prune.student_from_teacher(config, variables, thinner)
+        decoders.student_from_teacher(config, spread, thinner),
+        decoders.student_from_teacher(config, variables, thinner),
     )
 
 
@@ -283,19 +285,19 @@ def test_a_sharded_teacher_gives_the_same_student():
         ({"qkv_bias": True}, "qkv_bias=True cannot"),
         ({"qk_norm": False}, "qk_norm=False cannot"),
         ({"tied": True}, "choose tied=False"),
-        ({"width": 16, "mlp_width": 20}, r"smaller width and mlp_width needs .* pass importance=prune.importance"),
+        ({"width": 16, "mlp_width": 20}, r"smaller width and mlp_width needs .* pass importance=decoders.importance"),
     ],
 )
 def test_what_cannot_be_cut(changes, message):
     variables = jax.eval_shape(make_decoder(TEACHER).init, jax.random.key(0))
     with pytest.raises(UserError, match=message):
-        prune.student_from_teacher(TEACHER, variables, TEACHER._replace(**changes))
+        decoders.student_from_teacher(TEACHER, variables, TEACHER._replace(**changes))
     with pytest.raises(UserError, match="a student of 6 layers cannot be cut out of a teacher of 5"):
-        prune.layer_choice(5, 6)
+        decoders.layer_choice(5, 6)
 
 
 def test_importance_of_another_model_is_refused():
     variables = jax.eval_shape(make_decoder(TEACHER).init, jax.random.key(0))
     other = any_scores(TEACHER._replace(mlp_width=41))
     with pytest.raises(UserError, match=r"importance of neurons is \(5, 41\) and should be \(5, 40\)"):
-        prune.student_from_teacher(TEACHER, variables, TEACHER._replace(width=16), importance=other)
+        decoders.student_from_teacher(TEACHER, variables, TEACHER._replace(width=16), importance=other)

@@ -237,7 +237,7 @@ def _check(teacher: DecoderConfig, student: DecoderConfig, importance: Importanc
     if narrower and importance is None:
         raise UserError(
             f"a student of smaller {' and '.join(narrower)} needs a choice of what stays: pass "
-            "importance=prune.importance(teacher_config, teacher_variables, inputs)."
+            "importance=decoders.importance(teacher_config, teacher_variables, inputs)."
         )
     sizes = {"channels": (teacher.width,), "heads": (teacher.layers, teacher.kv_heads)}
     for name, shape in (sizes | {"neurons": (teacher.layers, teacher.mlp_width)}).items():

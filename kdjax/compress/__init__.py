@@ -1,0 +1,1 @@
+"""Smaller than the student: models cut, factorised, thinned out and quantised."""
