@@ -98,6 +98,11 @@ def make_arm(
     params = jax.eval_shape(model.init, jax.random.key(0))["params"]
     transform = optimizer.make(section, state.trainable(params, learned))
     ema = config.train.ema if is_student else 0.0
+    if section.get("sparsify"):  # a workdir may be older than this key
+        if ema:
+            raise UserError("optimizer.sparsify makes zeros that train.ema would blur: set train.ema to 0.")
+        options, example = section.sparsify.to_dict(), state.trainable(params, learned)
+        transform = optimizer.thinning(transform, options, example, total_steps=total, steps_per_epoch=per_epoch)
 
     def create(keys: train.Keys) -> state.TrainState:
         one = lambda key: state.create_state(

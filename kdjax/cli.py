@@ -4,6 +4,7 @@ A verb's docstring is its help text.
 """
 
 import errno
+import hashlib
 import inspect
 import os
 import sys
@@ -109,13 +110,13 @@ def cache(call: Call) -> None:
 
 
 def bench(call: Call) -> None:
-    """Measure the step, the loss, taps, a population, several seeds, or a class that the student never saw.
+    """Measure the step, the loss, taps, a population, several seeds, a class never seen, or steps of compression.
 
     `bench loss` compares the memory of the loss over a large vocabulary, chunked, with the dense one; `bench step`
     times the compiled step against its parts, `bench signals` the step from a cache against the student alone, `bench
     taps` a feature term against the step without it, `bench population` students side by side against separate runs;
-    `bench seeds` trains all arms over several seeds, and `bench omitted` repeats the omitted class of Hinton et al.
-    (2015).
+    `bench seeds` trains all arms over several seeds, `bench compress` the steps of kdjax compress, and `bench omitted`
+    repeats the omitted class of Hinton et al. (2015).
 
     Example:
       kdjax bench step --json
@@ -180,6 +181,68 @@ def compare(call: Call) -> None:
     console.print(f"report: {call.workdir / 'report.html'}", soft_wrap=True)
 
 
+def compress(call: Call) -> None:
+    """Make a model smaller, step by step: prune, factorise, thin out, quantise, and distil after each step.
+
+    The steps are config.compress; the arms they begin with are trained in the workdir, or loaded where they are there.
+
+    Example:
+      kdjax compress --config configs/compress.py
+      kdjax compress --config configs/compress.py:int4 --workdir runs/int4
+    """
+    from rich.console import Console
+
+    from kdjax.compress import report
+    from kdjax.recipes import compress as recipe
+
+    found = recipe.run(call.config, call.workdir)
+    console = Console()
+    console.print(report.table(found))
+    console.print(f"report: {call.workdir / 'compress.html'}", soft_wrap=True)
+
+
+def export(call: Call) -> None:
+    """Hand over a trained model: ONNX (float32, int8, int4, fp8), StableHLO, safetensors or LiteRT, with a model card.
+
+    Each format is a folder under WORKDIR/export/ARM, checked against JAX on the whole test set.
+
+    Example:
+      kdjax export runs/digits
+      kdjax export runs/digits --arm teacher --format onnx,stablehlo
+      kdjax export runs/digits --format onnx-int8 --out deliverables
+    """
+    from kdjax.recipes import export as recipe
+
+    if len(call.words) != 1:
+        raise UserError("say which run: kdjax export WORKDIR.")
+    formats = [name for name in call.flags.format.split(",") if name]
+    out = Path(call.flags.out) if call.flags.out else None
+    recipe.run(Path(call.words[0]), formats=formats, arm=call.flags.arm, out=out)
+
+
+def measure(call: Call) -> None:
+    """Measure exported models as deployed: latency, throughput, bytes, memory, accuracy of the very files.
+
+    Names folders of kdjax export, or ONNX and PyTorch files of your own (FILE.onnx:nchw,scaled); the first one, such as
+    the teacher, is what the others are compared with.
+
+    Example:
+      kdjax measure runs/digits/export/teacher/onnx runs/digits/export/student_distilled/onnx-int8
+      kdjax measure teacher.onnx:nchw runs/digits/export/student_distilled/onnx --workdir runs/measured
+    """
+    from rich.console import Console
+
+    from kdjax.recipes import measure as recipe
+
+    config = call.config if call.flags.config else None
+    found = recipe.run(
+        call.words, workdir=call.workdir, config=config, threads=call.flags.threads, calls=call.flags.calls
+    )
+    console = Console()
+    console.print(recipe.table(found))
+    console.print(f"report: {call.workdir / 'measure.html'}", soft_wrap=True)
+
+
 def _grid_words(call: Call) -> list[str]:
     """``--grid A=1,2 B=3,4``: the flag takes the first word, the others follow it."""
     return [word for word in (call.flags.grid, *call.words) if word]
@@ -194,7 +257,11 @@ VERBS: dict[str, Callable[[Any], None]] = {
     "bench": bench,
     "population": population,
     "compare": compare,
+    "compress": compress,
+    "export": export,
+    "measure": measure,
 }
+_TAKE_WORDS = ("bench", "export", "measure")
 HELP = """kdjax: knowledge distillation in JAX
 
   kdjax VERB [--config FILE[:VARIANT]] [--config.key=value ...] [--workdir FOLDER]
@@ -265,6 +332,13 @@ def _flags(verb: str) -> flags.FlagValues:
     define(flags.DEFINE_bool, "verbose", False, "show the traceback of an error")
     if verb == "train":
         define(flags.DEFINE_string, "arm", "teacher", "which arm to train")
+    if verb == "export":
+        define(flags.DEFINE_string, "arm", "student_distilled", "which arm, or step of kdjax compress, to export")
+        define(flags.DEFINE_string, "format", "onnx", "names of formats with commas between them")
+        define(flags.DEFINE_string, "out", None, "where the folders of the formats go; WORKDIR/export/ARM without it")
+    if verb == "measure":
+        define(flags.DEFINE_integer, "threads", 1, "of each runtime", lower_bound=1)
+        define(flags.DEFINE_integer, "calls", 2000, "timed calls at batch 1 of each model", lower_bound=1)
     if verb in ("check", "bench"):
         define(flags.DEFINE_bool, "json", False, "print one JSON object")
     if verb in ("bench", "compare", "population"):
@@ -291,14 +365,22 @@ def _parse(verb: str, argv: Sequence[str]) -> Call:
     except flags.Error as error:
         sentence = (str(error).splitlines() or ["unreadable flags"])[0].rstrip(".")
         raise UserError(f"{sentence}; kdjax {verb} --help lists the flags.") from error
-    if words and verb != "bench" and not (verb in ("compare", "population") and values.grid):
+    if words and verb not in _TAKE_WORDS and not (verb in ("compare", "population") and values.grid):
         raise UserError(f"unexpected {words[0]!r}: values are given as --config.key=value; see kdjax {verb} --help.")
     base = configs.from_file(values.config) if values.config else configs.default()
     config = configs.resolve(configs.override(base, overrides))
     # A folder of this config's own, so that the same command finds its run again.
-    kind = f"{verb}-" if verb in ("compare", "population") else ""  # which write results of another kind
+    kind = f"{verb}-" if verb in ("compare", "population", "compress") else ""  # which write results of another kind
     own = f"{kind}{config.data.name.replace(':', '-')}-{configs.sha256(config)[:8]}"
+    if verb == "compress":
+        own += f"-{_short_hash(configs.to_json(config.compress.to_dict()))}"
+    if verb == "measure":
+        own = f"measure-{_short_hash(' '.join(words))}"
     return Call(config, Path(values.workdir or os.path.join("runs", own)), words, values)
+
+
+def _short_hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
 def _summary(function: Callable) -> str:

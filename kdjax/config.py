@@ -16,10 +16,10 @@ from kdjax.errors import UserError, unknown
 # Subtrees in which a user may add keys; what is put there is checked by the code that reads it.
 _OPEN = (
     *("data.options", "teacher.options", "teacher.augment", "student.options"),
-    *("more_teachers", "assistants", "peers", "stages", "mesh"),
+    *("more_teachers", "assistants", "peers", "stages", "compress", "mesh"),
 )
-# What does not change the result, and so may change when a run is resumed.
-_FREE = ("checkpoint", "log")
+# What does not change the result of an arm, and so may change when a run is resumed.
+_FREE = ("checkpoint", "log", "compress", "licences")
 
 
 def default() -> ConfigDict:
@@ -105,6 +105,10 @@ def default() -> ConfigDict:
         "examples_per_shard": 1024,
         "examples_per_batch": 0,  # 0: data.eval_batch_size
     }
+    # name -> {method, of, teacher, options, losses, ...}: steps from a model to a smaller one, in the order of their
+    # names, each trained after it (kdjax compress); what a step leaves out is as in kdjax.compress.steps.DEFAULTS.
+    config.compress = {}
+    config.licences = {"teacher": "", "data": ""}  # a note on each, for the model card of an export
     config.population = {"chunk": 0}  # students at a time in a population; 0: as measured at its start
     config.checkpoint = {"every": 200, "keep": 2, "keep_best": True}
     config.log = {
@@ -155,6 +159,7 @@ def _optimizer(**changes: Any) -> dict[str, Any]:
         "centered": None,
         "decay_mask": None,  # regexes of the parameters that decay; None: those with 2 dimensions or more
         "freeze": None,  # regexes of parameters that stay as they are
+        "sparsify": None,  # {"final": share of the weights that become 0, ...}: see optimizer.thinning
         **changes,
     }
 

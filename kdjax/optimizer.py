@@ -15,10 +15,14 @@ import jax.numpy as jnp
 import optax
 from ml_collections import ConfigDict
 
+from kdjax import schedules
+from kdjax.compress import sparsify
 from kdjax.errors import UserError, unknown
 
 Params = Any
-COMMON = ("clip_norm", "decay_mask", "freeze")
+COMMON = ("clip_norm", "decay_mask", "freeze", "sparsify")
+SPARSE = ("final", "initial", "every", "scope", "skip")  # what sparsify takes beside its lengths
+_LENGTHS = tuple(f"{name}_{unit}" for name in ("begin", "end") for unit in schedules.UNITS)
 
 
 def sgd(
@@ -128,6 +132,45 @@ def make(config: Mapping[str, Any] | ConfigDict, params_example: Params) -> opta
         raise UserError("optimizer.freeze matches every parameter: nothing is left to train, so narrow its regexes.")
     labels = jax.tree.map(lambda f: "frozen" if f else "trained", frozen)
     return optax.partition({"trained": train, "frozen": optax.set_to_zero()}, labels)
+
+
+def thinning(
+    train: optax.GradientTransformation,
+    options: Mapping[str, Any],
+    params_example: Params,
+    *,
+    total_steps: int,
+    steps_per_epoch: float,
+) -> optax.GradientTransformation:
+    """An optimiser that thins out the weights on its way, as ``optimizer.sparsify`` says.
+
+    Args:
+        train: the optimiser.
+        options: those of ``sparsify.sparsify`` (``final``, the share of zeros in the end, is needed), of which
+            ``begin`` and ``end`` are lengths as everywhere: ``begin_steps``, ``end_percent`` and so on; 0 and 70 % of
+            the run.
+        params_example: as for ``make``.
+        total_steps: of the run.
+        steps_per_epoch: updates per epoch.
+
+    Raises:
+        UserError: an unknown option, no ``final``, or what ``sparsify.sparsify`` refuses.
+    """
+    where, valid = "optimizer.sparsify", (*_LENGTHS, *SPARSE)
+    for option in options:
+        if option not in valid:
+            raise unknown(f"option of {where}", option, valid)
+    if "final" not in options:
+        raise UserError(f"{where} has no final: give the share of weights that shall be 0 in the end, such as 0.8.")
+    length = lambda name: schedules.steps_of(name, options, total_steps, steps_per_epoch, where=where, zero=True)
+    begin, end = length("begin"), length("end")
+    return sparsify.sparsify(
+        train,
+        begin=begin or 0,
+        end=round(0.7 * total_steps) if end is None else end,
+        params_example=params_example,
+        **{name: value for name, value in options.items() if name in SPARSE},
+    )
 
 
 def _scale_by_learning_rate() -> optax.GradientTransformationExtraArgs:

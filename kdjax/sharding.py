@@ -21,8 +21,8 @@ TENSOR = "tensor"  # the mesh axis over which single products are split; it sees
 # the second gives. fsdp splits a table's width: with rows split, every device would look up the tokens of all others.
 DECODER: Rules = (
     ("norm|bias", "replicate"),
-    ("/(q|k|v|gate|up)/kernel", "tensor:-1+fsdp"),
-    ("/(o|down)/kernel", "tensor:-2+fsdp"),
+    ("/(q|k|v|gate|up)(/second)?/kernel", "tensor:-1+fsdp"),
+    ("/(o|down)(/first)?/kernel", "tensor:-2+fsdp"),
     ("/(embedding|head/kernel)", "tensor:-2+fsdp"),
     (".*", "replicate"),
 )

@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 from kdjax import sharding, state
 from kdjax.checkpoint import Checkpoints
 from kdjax.errors import UserError
-from kdjax.model import Params, Variables, first_mismatch
+from kdjax.model import Variables, first_mismatch
 from kdjax.objective import Objective
 from kdjax.state import TrainState
 from kdjax.step import HPARAMS, Step
@@ -60,7 +60,7 @@ class Arm(NamedTuple):
     rules: sharding.Rules = ((".*", "replicate"),)
     teacher_rules: sharding.Rules = ((".*", "replicate"),)
     members: int = 0  # how many students, each with its share of every metric; 0 for a plain run
-    first: Callable[[], Params] | None = None  # makes the parameters at step 0; those of ``create`` without it
+    first: Callable[[], Variables] | None = None  # makes the model at step 0; that of ``create`` without it
 
 
 class Every(NamedTuple):
@@ -212,20 +212,24 @@ def fresh_state(arm: Arm, mesh: Mesh) -> TrainState:
     """An arm's state at step 0, born on its shardings.
 
     Raises:
-      UserError: the parameters that it is to begin with are not those of its model (names the first).
+      UserError: the weights that it is to begin with are not those of its model (names the first).
     """
     shardings = jax.tree.map(lambda x: x.sharding, abstract_state(arm, mesh))
     fresh = jax.jit(arm.create, out_shardings=shardings)(arm.keys)
     if arm.first is None:
         return fresh
     given = arm.first()
-    difference = first_mismatch(fresh.params, given)
+    difference = first_mismatch(fresh.params, given["params"]) or first_mismatch(fresh.model_state, given["state"])
     if difference:
         raise UserError(f"{arm.name} cannot begin with the weights that are given: {difference}.")
     # Copies, since the step donates what it is given and another arm may begin with the same arrays.
     put = lambda x, sharding: jax.jit(jnp.copy, out_shardings=sharding)(x)
-    params = jax.tree.map(put, given, shardings.params)
-    return fresh._replace(params=params, ema=jax.tree.map(jnp.copy, params) if fresh.ema else fresh.ema)
+    params = jax.tree.map(put, given["params"], shardings.params)
+    return fresh._replace(
+        params=params,
+        model_state=jax.tree.map(put, given["state"], shardings.model_state),
+        ema=jax.tree.map(jnp.copy, params) if fresh.ema else fresh.ema,
+    )
 
 
 def _start(arm, mesh, checkpoints, meta, say) -> tuple[TrainState, int, "_Clock"]:

@@ -21,6 +21,7 @@ from kdjax.state import TrainState
 FOLDER = Path(__file__).parents[1] / "configs"
 FILES = sorted(path.stem for path in FOLDER.glob("*.py") if not path.stem.startswith("lm_"))
 VARIANTS = {
+    "compress": ["", "chain", "int4", "int8", "fp8", "pruned", "low_rank", "sparse", "quick"],
     "digits": ["", "quick", "labels10", "two_stage"],
     "fashion_mnist": ["", "quick"],
     "cifar100": ["", "res56_res20", "res32x4_res8x4", "wrn40_2_wrn16_2"],
@@ -36,6 +37,7 @@ VARIANTS = {
 ALL = [(name, variant) for name in FILES for variant in VARIANTS[name]]
 # Variants whose step is that of another one.
 SAME_STEP = [
+    *(("compress", variant) for variant in VARIANTS["compress"]),
     ("digits", "quick"),
     ("digits", "labels10"),
     ("fashion_mnist", "quick"),
@@ -46,6 +48,7 @@ SAME_STEP = [
 ]
 # What stands in for data that is not at hand: (image shape, classes).
 SHAPES = {
+    "compress": ((8, 8, 1), 10),
     "digits": ((8, 8, 1), 10),
     "fashion_mnist": ((28, 28, 1), 10),
     "cifar100": ((32, 32, 3), 100),
@@ -100,7 +103,8 @@ def test_unknown_variant_is_refused(name):
 
 def test_variants_differ():
     for name in FILES:
-        hashes = {v: configs.sha256(configs.resolve(load(name).get_config(v))) for v in VARIANTS[name]}
+        resolved = {v: configs.resolve(load(name).get_config(v)) for v in VARIANTS[name]}
+        hashes = {v: (configs.sha256(config), str(config.compress)) for v, config in resolved.items()}
         named = {hashes[v] for v in VARIANTS[name] if v}
         assert len(named) == sum(map(bool, VARIANTS[name])), name
 

@@ -161,7 +161,9 @@ def pool(x: Array) -> Array:
     """The embedding of a feature: the mean over all axes between the first and the last, [b, ..., c] -> [b, c]."""
     if x.ndim < 2:
         raise UserError(f"a feature of shape {x.shape} has no channels: give [b, ..., c].")
-    return jnp.mean(x.astype(jnp.float32), axis=tuple(range(1, x.ndim - 1)))
+    x = x.astype(jnp.float32)
+    # Converters take a mean over no axes for one over all.
+    return jnp.mean(x, axis=tuple(range(1, x.ndim - 1))) if x.ndim > 2 else x
 
 
 def require_comparable(student_shape: Sequence[int], teacher_shape: Sequence[int]) -> None:

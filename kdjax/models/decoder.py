@@ -11,6 +11,7 @@ Su et al. 2021 (rotary positions), Ainslie et al. 2023 (grouped queries), Zhang 
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -78,7 +79,12 @@ class DecoderConfig(NamedTuple):
 
 
 def make_decoder(
-    config: DecoderConfig, *, dtype: Any = jnp.float32, remat: str = "none", attention: str = "auto"
+    config: DecoderConfig,
+    *,
+    dtype: Any = jnp.float32,
+    remat: str = "none",
+    attention: str = "auto",
+    unrolled: bool = False,
 ) -> Model:
     """The decoder of a config.
 
@@ -97,6 +103,8 @@ def make_decoder(
       remat: a name in :data:`REMAT`, what the backward pass keeps of each block where ``train`` is true.
       attention: ``"xla"``; ``"cudnn"``, flash attention in bfloat16 or float16 on NVIDIA GPUs; or ``"auto"``, cuDNN
         where it serves.
+      unrolled: the same numbers from a Python loop over the layers and attention written out as products, which do
+        without ``remat`` and ``attention``: for converters to other formats, that know neither well.
 
     Raises:
       UserError: an impossible config, an unknown remat or attention; from ``apply``, while tracing: a sequence longer
@@ -125,22 +133,31 @@ def make_decoder(
                 f"a sequence of {length} tokens is longer than the model's context of {config.context}: "
                 "cut the sequences, or use a model of longer context."
             )
-        positions = inputs.get("positions", jnp.arange(length)[None])
+        # By iota and not by arange, because a converter may take a symbolic length here.
+        positions = inputs.get("positions", jax.lax.broadcasted_iota(jnp.int32, (1, length), 1))
         rotation = _rotation(config, positions)
         mask = None if segments is None else (segments[:, :, None] == segments[:, None, :])[:, None]
-        implementation = _implementation(attention, config, dtype, length)
+        attend = (
+            partial(_attention, mask=mask)
+            if unrolled
+            else partial(
+                jax.nn.dot_product_attention,
+                mask=mask,
+                is_causal=True,
+                implementation=_implementation(attention, config, dtype, length),
+            )
+        )
         layers_of = _layers_of(config, taps)
 
         def block(x: Array, weights: Params) -> tuple[Array, dict[str, Array]]:
             q, k, v = _qkv(config, weights["attention"], _rms(config, x, weights["attention_norm"]), rotation)
-            mixed = jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=True, implementation=implementation)
-            x = x + _dense(mixed.reshape(*x.shape[:2], -1), weights["attention"]["o"])
+            x = x + _dense(attend(q, k, v).reshape(*x.shape[:2], -1), weights["attention"]["o"])
             x = x + _mlp(weights["mlp"], _rms(config, x, weights["mlp_norm"]))
             tapped = {_STREAM: x} if _STREAM in layers_of else {}
             return x, tapped | ({_QKV: _joined(config, q, k, v)} if _QKV in layers_of else {})
 
         # prevent_cse guards against merging what is computed again with the original; the scan's body already does.
-        policy = REMAT[remat] if train else None
+        policy = REMAT[remat] if train and not unrolled else None
         step = jax.checkpoint(block, policy=policy, prevent_cse=False) if policy else block
 
         def walk(carry, layer):
@@ -157,7 +174,8 @@ def make_decoder(
             slots[k][of] = np.arange(len(of))
         # An id outside the vocabulary turns its sequence into NaN; plain indexing would read another token's row.
         x = jnp.take(params["embed"]["embedding"], tokens, axis=0).astype(dtype)
-        (x, kept), _ = jax.lax.scan(walk, (x, kept), (params["blocks"], slots))
+        scan = _loop if unrolled else jax.lax.scan
+        (x, kept), _ = scan(walk, (x, kept), (params["blocks"], slots))
 
         captured = {f"blocks.{n}{k}": kept[k][row] for k, of in layers_of.items() for row, n in enumerate(of)}
         kernel = params["embed"]["embedding"] if config.tied else params["head"]["kernel"]
@@ -204,7 +222,9 @@ def _rms(config: DecoderConfig, x: Array, weights: Params) -> Array:
 
 
 def _dense(x: Array, weights: Params) -> Array:
-    """[b, t, m] to [b, t, n], in the dtype of ``x``."""
+    """[b, t, m] to [b, t, n], in the dtype of ``x``; where the kernel is a product of two, by way of a few channels."""
+    if "first" in weights:  # kdjax.compress.low_rank
+        x, weights = _dense(x, weights["first"]), weights["second"]
     y = x @ weights["kernel"].astype(x.dtype)
     return y + weights["bias"].astype(x.dtype)[None, None] if "bias" in weights else y
 
@@ -215,6 +235,31 @@ def _qkv(config: DecoderConfig, weights: Params, x: Array, rotation: tuple[Array
     if config.qk_norm:
         q, k = _rms(config, q, weights["q_norm"]), _rms(config, k, weights["k_norm"])
     return _rotate(q, rotation), _rotate(k, rotation), v
+
+
+def _attention(q: Array, k: Array, v: Array, *, mask: Array | None) -> Array:
+    """Causal attention [b, t, h, d] of q [b, t, h, d] over k and v [b, t, kv, d], the softmax in float32.
+
+    The queries of a group lie side by side in one product with the keys that they share, so that none is repeated.
+    """
+    b, t, heads, d = q.shape
+    kv_heads = k.shape[2]
+    k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)  # [b, kv, t, d]
+    q = q.reshape(b, t, kv_heads, heads // kv_heads, d).transpose(0, 2, 3, 1, 4)  # [b, kv, group, t, d]
+    scores = jnp.einsum("bkqd,bksd->bkqs", q.reshape(b, kv_heads, -1, d), k, preferred_element_type=jnp.float32)
+    scores = scores.reshape(b, kv_heads, -1, t, t) * d**-0.5
+    row, column = (jax.lax.broadcasted_iota(jnp.int32, (1, 1, 1, t, t), axis) for axis in (3, 4))
+    seen = row >= column if mask is None else (row >= column) & mask[:, :, None]
+    weights = jax.nn.softmax(jnp.where(seen, scores, -jnp.inf), axis=-1).astype(v.dtype)
+    mixed = jnp.einsum("bkqs,bksd->bkqd", weights.reshape(b, kv_heads, -1, t), v)
+    return mixed.reshape(b, kv_heads, -1, t, d).transpose(0, 3, 1, 2, 4).reshape(b, t, heads, d)
+
+
+def _loop(body: Any, carry: Any, xs: Any) -> tuple[Any, None]:
+    """``jax.lax.scan`` as a Python loop, for a body without outputs."""
+    for i in range(len(jax.tree.leaves(xs)[0])):
+        carry, _ = body(carry, jax.tree.map(lambda x, i=i: x[i], xs))
+    return carry, None
 
 
 def _joined(config: DecoderConfig, q: Array, k: Array, v: Array) -> Array:

@@ -103,7 +103,7 @@ def gelu(x: Array) -> Array:
 
 
 def attention(qkv: Array, heads: int) -> Array:
-    """Softmax self-attention [b, t, width] of projections [b, t, (q, k, v) n d]; the softmax is in float32.
+    """Softmax self-attention [b, t, n d] of projections [b, t, (q, k, v) n d]; the softmax is in float32.
 
     Heads are moved before tokens once, for all three: with heads last XLA copies every operand of every product.
     """

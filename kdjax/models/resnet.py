@@ -22,16 +22,27 @@ Array = jax.Array
 class Block(nnx.Module):
     """relu(residual(x) + shortcut(x)).
 
-    The residual branch is two 3 x 3 convolutions, or 1 x 1, 3 x 3, 1 x 1 to four times the width (``bottleneck``).
+    The residual branch is two 3 x 3 convolutions, or 1 x 1, 3 x 3, 1 x 1 (``bottleneck``), with ``inner`` channels
+    between them.
     """
 
     def __init__(
-        self, inputs: int, width: int, *, stride: int, bottleneck: bool, zero_init: bool, dtype: Any, rngs: nnx.Rngs
+        self,
+        inputs: int,
+        inner: int,
+        outputs: int,
+        *,
+        stride: int,
+        bottleneck: bool,
+        zero_init: bool,
+        dtype: Any,
+        rngs: nnx.Rngs,
     ):
-        outputs = 4 * width if bottleneck else width
         # (channels out, kernel size, stride) of each convolution
         plan = (
-            [(width, 1, 1), (width, 3, stride), (outputs, 1, 1)] if bottleneck else [(width, 3, stride), (width, 3, 1)]
+            [(inner, 1, 1), (inner, 3, stride), (outputs, 1, 1)]
+            if bottleneck
+            else [(inner, 3, stride), (outputs, 3, 1)]
         )
         last_scale = nnx.initializers.zeros if zero_init else nnx.initializers.ones
         self.convs: nnx.List[nnx.Conv] = nnx.List()
@@ -57,9 +68,11 @@ class Block(nnx.Module):
 class ResNet(nnx.Module):
     """A post-activation residual network; ``blocks.i`` counts the blocks of all stages in one sequence.
 
-    ``stages``: blocks in each stage; ``widths``: channels of the stem, then of each stage; every stage but the first
-    halves the image. ``large_stem``: the 7 x 7 stem of stride 2 with a 3 x 3 max pool (ImageNet), else 3 x 3 (CIFAR).
-    ``zero_init`` starts every block as the identity (last scale 0; Goyal et al. 2017, section 5.1).
+    ``stages``: blocks in each stage; ``widths``: channels of the stem, then of each stage, of which the blocks of a
+    ``bottleneck`` network put out four times as many; ``inner``: channels between a block's convolutions, for each
+    stage (none given: its width); every stage but the first halves the image. ``large_stem``: the 7 x 7 stem of stride
+    2 with a 3 x 3 max pool (ImageNet), else 3 x 3 (CIFAR). ``zero_init`` starts every block as the identity (last scale
+    0; Goyal et al. 2017, section 5.1).
     """
 
     def __init__(
@@ -71,6 +84,7 @@ class ResNet(nnx.Module):
         dtype: Any = jnp.float32,
         stages: Sequence[int],
         widths: Sequence[int],
+        inner: Sequence[int] = (),
         bottleneck: bool = False,
         large_stem: bool = False,
         zero_init: bool = False,
@@ -79,6 +93,7 @@ class ResNet(nnx.Module):
             raise UserError(
                 f"a ResNet of {len(stages)} stages needs {len(stages) + 1} widths (stem, stages), not {len(widths)}."
             )
+        inner = _inner("a ResNet", inner, widths)
         check_image("this ResNet", input_shape, 2 ** (len(stages) - 1) * (4 if large_stem else 1))
         self.large_stem = large_stem
         channels = widths[0]
@@ -87,18 +102,20 @@ class ResNet(nnx.Module):
         self.stem_norm = BatchNorm(channels, rngs=rngs)
         self.blocks: nnx.List[Block] = nnx.List()
         common: dict[str, Any] = {"bottleneck": bottleneck, "zero_init": zero_init, "dtype": dtype, "rngs": rngs}
-        for stage, (count, width) in enumerate(zip(stages, widths[1:], strict=True)):
+        for stage, (count, between, width) in enumerate(zip(stages, inner, widths[1:], strict=True)):
+            outputs = 4 * width if bottleneck else width
             for i in range(count):
                 stride = 2 if stage and not i else 1
-                self.blocks.append(Block(channels, width, stride=stride, **common))
-                channels = 4 * width if bottleneck else width
+                self.blocks.append(Block(channels, between, outputs, stride=stride, **common))
+                channels = outputs
         self.head = classifier(channels, classes, rngs=rngs)
 
     def __call__(self, x: Array) -> Array:
         """Images [b, h, w, c] to float32 logits [b, classes]."""
         x = nnx.relu(self.stem_norm(self.stem(x)))
         if self.large_stem:
-            x = nnx.max_pool(x, window_shape=(3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
+            # Padded by hand, as a converter to ONNX leaves out a pool's own padding; nothing lies below 0 after a ReLU.
+            x = nnx.max_pool(jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0))), window_shape=(3, 3), strides=(2, 2))
         for block in self.blocks:
             x = block(x)
         return self.head(x.mean(axis=(1, 2)))
@@ -107,15 +124,15 @@ class ResNet(nnx.Module):
 class WideBlock(nnx.Module):
     """x + convolutions of its normalised ReLU (pre-activation); a projection reads the activated input."""
 
-    def __init__(self, inputs: int, outputs: int, *, stride: int, dtype: Any, rngs: nnx.Rngs):
-        self.norms = nnx.List([BatchNorm(inputs, rngs=rngs), BatchNorm(outputs, rngs=rngs)])
+    def __init__(self, inputs: int, inner: int, outputs: int, *, stride: int, dtype: Any, rngs: nnx.Rngs):
+        self.norms = nnx.List([BatchNorm(inputs, rngs=rngs), BatchNorm(inner, rngs=rngs)])
         self.convs = nnx.List(
             [
-                conv(inputs, outputs, stride=stride, dtype=dtype, rngs=rngs),
-                conv(outputs, outputs, dtype=dtype, rngs=rngs),
+                conv(inputs, inner, stride=stride, dtype=dtype, rngs=rngs),
+                conv(inner, outputs, dtype=dtype, rngs=rngs),
             ]
         )
-        projects = inputs != outputs
+        projects = stride != 1 or inputs != outputs
         self.shortcut = conv(inputs, outputs, size=1, stride=stride, dtype=dtype, rngs=rngs) if projects else None
 
     def __call__(self, x: Array) -> Array:
@@ -126,7 +143,11 @@ class WideBlock(nnx.Module):
 
 
 class WideResNet(nnx.Module):
-    """A pre-activation ResNet for small images: depth 6n + 4, three stages of widths 16, 32, 64 times ``widen``."""
+    """A pre-activation ResNet for small images: depth 6n + 4, three stages of widths 16, 32, 64 times ``widen``.
+
+    ``widths``, channels of the stem and of each stage, stand in for ``widen``; ``inner``: channels between a block's
+    convolutions, for each stage (none given: its width).
+    """
 
     def __init__(
         self,
@@ -137,17 +158,23 @@ class WideResNet(nnx.Module):
         dtype: Any = jnp.float32,
         depth: int,
         widen: int,
+        widths: Sequence[int] = (),
+        inner: Sequence[int] = (),
     ):
         if depth < 10 or (depth - 4) % 6:
             raise UserError(f"a wide ResNet cannot have depth {depth}: it must be 6n + 4, such as 16, 28 or 40.")
         check_image("this wide ResNet", input_shape, 4)
-        channels = 16
+        widths = widths or (16, 16 * widen, 32 * widen, 64 * widen)
+        if len(widths) != 4:
+            raise UserError(f"a wide ResNet needs 4 widths (stem, three stages), not {len(widths)}.")
+        inner = _inner("a wide ResNet", inner, widths)
+        channels = widths[0]
         self.stem = conv(input_shape[-1], channels, dtype=dtype, rngs=rngs)
         self.blocks: nnx.List[WideBlock] = nnx.List()
-        for stage, width in enumerate((16 * widen, 32 * widen, 64 * widen)):
+        for stage, (between, width) in enumerate(zip(inner, widths[1:], strict=True)):
             for i in range((depth - 4) // 6):
                 stride = 2 if stage and not i else 1
-                self.blocks.append(WideBlock(channels, width, stride=stride, dtype=dtype, rngs=rngs))
+                self.blocks.append(WideBlock(channels, between, width, stride=stride, dtype=dtype, rngs=rngs))
                 channels = width
         self.norm = BatchNorm(channels, rngs=rngs)
         self.head = classifier(channels, classes, rngs=rngs)
@@ -159,3 +186,11 @@ class WideResNet(nnx.Module):
             x = block(x)
         x = nnx.relu(self.norm(x))
         return self.head(x.mean(axis=(1, 2)))
+
+
+def _inner(model: str, inner: Sequence[int], widths: Sequence[int]) -> Sequence[int]:
+    """Channels between a block's convolutions, one for each stage of ``widths`` (stem, stages)."""
+    stages = widths[1:]
+    if inner and len(inner) != len(stages):
+        raise UserError(f"{model} of {len(stages)} stages needs {len(stages)} inner channel counts, not {len(inner)}.")
+    return inner or stages

@@ -15,10 +15,10 @@ Array = jax.Array
 class Attention(nnx.Module):
     """Multi-head self-attention; ``qkv`` is one dense layer whose outputs are ordered (q, k, v), head, width."""
 
-    def __init__(self, width: int, heads: int, *, dtype: Any, rngs: nnx.Rngs):
+    def __init__(self, width: int, heads: int, head_width: int, *, dtype: Any, rngs: nnx.Rngs):
         self.heads = heads
-        self.qkv = dense(width, 3 * width, dtype=dtype, rngs=rngs)
-        self.out = dense(width, width, dtype=dtype, rngs=rngs)
+        self.qkv = dense(width, 3 * heads * head_width, dtype=dtype, rngs=rngs)
+        self.out = dense(heads * head_width, width, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: Array) -> Array:
         """Tokens [b, t, width] to [b, t, width]."""
@@ -40,9 +40,11 @@ class Feedforward(nnx.Module):
 class Block(nnx.Module):
     """A pre-norm transformer block: x + attention(norm(x)), then x + feedforward(norm(x))."""
 
-    def __init__(self, width: int, heads: int, hidden: int, *, dropout: float, dtype: Any, rngs: nnx.Rngs):
+    def __init__(
+        self, width: int, heads: int, head_width: int, hidden: int, *, dropout: float, dtype: Any, rngs: nnx.Rngs
+    ):
         self.norm1 = LayerNorm(width)
-        self.attention = Attention(width, heads, dtype=dtype, rngs=rngs)
+        self.attention = Attention(width, heads, head_width, dtype=dtype, rngs=rngs)
         self.norm2 = LayerNorm(width)
         self.feedforward = Feedforward(width, hidden, dtype=dtype, rngs=rngs)
         self.dropout = dropout_layer(dropout, rngs)
@@ -57,8 +59,9 @@ class Block(nnx.Module):
 class ViT(nnx.Module):
     """A vision transformer with a class token and learned positions.
 
-    Options: ``patch`` (pixels a side), ``width``, ``depth`` (blocks), ``heads``, ``mlp_ratio`` (hidden units of the
-    feedforward over ``width``), ``dropout`` (of the embedding and of every residual branch).
+    Options: ``patch`` (pixels a side), ``width``, ``depth`` (blocks), ``heads``, ``head_width`` (0: ``width / heads``),
+    ``mlp_ratio`` (hidden units of the feedforward over ``width``), ``hidden`` (their number, if not 0, instead),
+    ``dropout`` (of the embedding and of every residual branch).
     """
 
     def __init__(
@@ -72,7 +75,9 @@ class ViT(nnx.Module):
         width: int,
         depth: int,
         heads: int,
+        head_width: int = 0,
         mlp_ratio: float = 4.0,
+        hidden: int = 0,
         dropout: float = 0.0,
     ):
         rows, columns, channels = input_shape
@@ -81,8 +86,12 @@ class ViT(nnx.Module):
                 f"a ViT with patches of {patch} x {patch} cannot take images of {rows} x {columns} pixels: "
                 "choose a patch that divides both sides."
             )
-        if width % heads:
-            raise UserError(f"a ViT of width {width} cannot have {heads} heads: the heads must divide the width.")
+        if not head_width and width % heads:
+            raise UserError(
+                f"a ViT of width {width} cannot have {heads} heads: the heads must divide the width, or have a "
+                "head_width of their own."
+            )
+        head_width, hidden = head_width or width // heads, hidden or int(width * mlp_ratio)
         tokens = rows * columns // patch**2
         self.patch = patch
         self.embed = nnx.Linear(patch * patch * channels, width, dtype=dtype, rngs=rngs)
@@ -90,7 +99,7 @@ class ViT(nnx.Module):
         self.positions = nnx.Param(narrow(rngs.params(), (1, tokens + 1, width), jnp.float32))
         self.dropout = dropout_layer(dropout, rngs)
         self.blocks = nnx.List(
-            Block(width, heads, int(width * mlp_ratio), dropout=dropout, dtype=dtype, rngs=rngs) for _ in range(depth)
+            Block(width, heads, head_width, hidden, dropout=dropout, dtype=dtype, rngs=rngs) for _ in range(depth)
         )
         self.norm = LayerNorm(width)
         self.head = classifier(width, classes, rngs=rngs)

@@ -1,5 +1,5 @@
 """``kdjax bench``: measurements that anyone can repeat: the step, the loss over a large vocabulary, what a population
-and a cache save and what taps cost, several seeds, a class that was never seen."""
+and a cache save and what taps cost, several seeds, a class that was never seen, steps of compression."""
 
 import contextlib
 import json
@@ -19,7 +19,7 @@ from kdjax import config as configs
 from kdjax import experiment as experiments
 from kdjax.errors import UserError, unknown
 from kdjax.experiment import ALONE, DISTILLED, MAIN, STUDENTS
-from kdjax.recipes import bench_loss, bench_population, bench_signals, bench_step, bench_taps, distill
+from kdjax.recipes import bench_compress, bench_loss, bench_population, bench_signals, bench_step, bench_taps, distill
 from kdjax.statistics import mean_and_sd, mean_interval
 from kdjax.tasks import classification
 from kdjax.writers import write_atomic
@@ -88,6 +88,13 @@ def taps(config: ConfigDict, workdir: Path) -> Found:
     """What feature terms cost; see ``bench_taps.measure``. Leaves nothing in ``workdir``."""
     values = bench_taps.measure(config)
     return Found(values, bench_taps.table(values))
+
+
+def compress(config: ConfigDict, workdir: Path, *, seeds: int = SEEDS) -> Found:
+    """The steps of ``config.compress`` over several seeds; see ``bench_compress.measure``."""
+    values = bench_compress.measure(config, workdir, seeds)
+    _write(workdir / "compress_seeds.json", values)
+    return Found(values, bench_compress.table(values))
 
 
 # ------------------------------------------------------------------------------------------------------- several seeds
@@ -284,4 +291,5 @@ BENCHMARKS: dict[str, Callable[..., Found]] = {
     "taps": taps,
     "seeds": seeds,
     "omitted": omitted,
+    "compress": compress,
 }

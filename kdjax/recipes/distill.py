@@ -21,7 +21,7 @@ from kdjax import config as configs
 from kdjax import experiment as experiments
 from kdjax.errors import UserError, unknown
 from kdjax.experiment import ALONE, DISTILLED, MAIN, STUDENTS, Experiment
-from kdjax.model import Params
+from kdjax.model import Variables
 from kdjax.recipes import difficulty, score_classification, score_language
 from kdjax.recipes.arms import Outcome, Trained
 from kdjax.state import inference_variables
@@ -54,12 +54,18 @@ def run_one(config: ConfigDict, workdir: Path, arm: str, *, say: Say = print) ->
         raise unknown("arm", arm, experiment.arms)
     with claimed(workdir, experiment.config):
         _check_disk(experiment, workdir, (arm,))
-        first = None
-        if arm in STUDENTS and experiment.config.student.init:
-            asks = experiment.config.student.init == language.FROM_TEACHER
-            first = first_weights(experiment, obtain_teachers(experiment, workdir, say=say) if asks else {})
-        experiment, teachers = obtain_teachers_of(experiment, arm, workdir, say=say)
-        return train_arm(experiment, arm, workdir, teachers=teachers, first=first, say=say)
+        return obtain_arm(experiment, arm, workdir, say=say)
+
+
+def obtain_arm(experiment: Experiment, arm: str, workdir: Path, *, say: Say = print) -> Trained:
+    """An arm at its last step, loaded where it is there already, and else trained with all that comes before it; in a
+    workdir that is claimed."""
+    first = None
+    if arm in STUDENTS and experiment.config.student.init:
+        asks = experiment.config.student.init == language.FROM_TEACHER
+        first = first_weights(experiment, obtain_teachers(experiment, workdir, say=say) if asks else {})
+    experiment, teachers = obtain_teachers_of(experiment, arm, workdir, say=say)
+    return train_arm(experiment, arm, workdir, teachers=teachers, first=first, say=say)
 
 
 def evaluate(config: ConfigDict, workdir: Path, *, say: Say = print) -> Outcome:
@@ -68,7 +74,7 @@ def evaluate(config: ConfigDict, workdir: Path, *, say: Say = print) -> Outcome:
     with claimed(workdir, experiment.config):
         for name in experiment.arms:
             if not experiments.init_of(experiment.config, name):
-                _require_finished(experiment, name, workdir)
+                require_finished(experiment, name, workdir)
         return _all_arms(experiment, workdir, say)
 
 
@@ -181,8 +187,8 @@ def taught_by(experiment: Experiment, name: str, done: dict[str, Trained]) -> di
     return {}
 
 
-def first_weights(experiment: Experiment, done: dict[str, Trained]) -> Callable[[], Params] | None:
-    """What makes the parameters that both students begin with, where the config names some: ``student.init``."""
+def first_weights(experiment: Experiment, done: dict[str, Trained]) -> Callable[[], Variables] | None:
+    """What makes the weights that both students begin with, where the config names some: ``student.init``."""
     config = experiment.config
     if not config.student.init:
         return None
@@ -197,23 +203,25 @@ def train_arm(
     workdir: Path,
     *,
     teachers: dict[str, Trained],
-    first: Callable[[], Params] | None = None,
+    first: Callable[[], Variables] | None = None,
+    called: str = "",
     say: Say = print,
 ) -> Trained:
     """Trains an arm to its last step, or loads it where it is there already; ``teachers`` are the arm's own, ``first``
-    makes the parameters that it begins with, random ones without it."""
-    config = experiment.config
+    makes the weights that it begins with, random ones without it, and its files and messages are of an arm ``called``
+    that, where it is not ``name``."""
+    config, called = experiment.config, called or name
     taught = {key: value.variables for key, value in teachers.items()}
-    meta: dict[str, Any] = {"arm": name, "config_sha256": experiment.config_sha256}
+    meta: dict[str, Any] = {"arm": called, "config_sha256": experiment.config_sha256}
     if taught:
         meta["teacher_sha256"] = {key: checkpoint.digest(variables) for key, variables in taught.items()}
     if taught and name == DISTILLED and experiment.signals:
         taught = {MAIN: language.NO_WEIGHTS}
-    arm = build.make_arm(experiment, name, taught)._replace(first=first)
+    arm = build.make_arm(experiment, name, taught)._replace(name=called, first=first)
     model = experiments.model_of(experiment, name)
     accuracy = experiment.task.make_accuracy(model, experiment.dataset, experiment.mesh, config.data.eval_batch_size)
     every = train.Every(config.log.every, config.log.eval_every, config.checkpoint.every, config.train.stop_on_nan)
-    folder = Path(workdir) / "checkpoints" / name
+    folder = Path(workdir) / "checkpoints" / called
     with (
         checkpoint.Checkpoints(folder, config.checkpoint.keep, config.checkpoint.keep_best) as checkpoints,
         _writers(config, Path(workdir)) as writers,
@@ -258,7 +266,8 @@ def _check_disk(experiment: Experiment, workdir: Path, arms: Sequence[str]) -> N
         )
 
 
-def _require_finished(experiment: Experiment, name: str, workdir: Path) -> None:
+def require_finished(experiment: Experiment, name: str, workdir: Path) -> None:
+    """Raises a UserError where an arm that is trained in ``workdir`` has not reached its last step."""
     folder = Path(workdir) / "checkpoints" / name
     wanted = build.make_arm(experiment, name).stages[-1].stop
     saved = [int(child) for child in os.listdir(folder) if child.isdigit()] if folder.is_dir() else []

@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
@@ -64,11 +65,16 @@ def classes(config: ConfigDict, dataset: Dataset) -> int:
 
 def make_model(config: ConfigDict, part: ConfigDict, dataset: Dataset, count: int) -> Model:
     """The bundled model that a part of the config names, for the images of the data set and so many classes."""
+    return from_nnx(make_factory(config, part, dataset, count))
+
+
+def make_factory(
+    config: ConfigDict, part: ConfigDict, dataset: Dataset, count: int
+) -> Callable[[nnx.Rngs], nnx.Module]:
+    """What makes the module of ``make_model``."""
     shape, options = tuple(dataset.train.inputs.shape[1:]), part.options.to_dict()
     dtype = jnp.dtype(config.train.dtype)
-    return from_nnx(
-        lambda rngs: models.build(part.name, classes=count, input_shape=shape, rngs=rngs, dtype=dtype, **options)
-    )
+    return lambda rngs: models.build(part.name, classes=count, input_shape=shape, rngs=rngs, dtype=dtype, **options)
 
 
 def heads(config: ConfigDict, part: ConfigDict, dataset: Dataset) -> int:

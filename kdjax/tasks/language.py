@@ -21,7 +21,7 @@ from kdjax.data import cache, pipeline, text, tokenizers
 from kdjax.data.packing import TextSplit
 from kdjax.data.text import TextDataset
 from kdjax.errors import UserError, unknown
-from kdjax.model import Array, Model, Outputs, Params, Signal, Variables, logits_of
+from kdjax.model import Array, Model, Outputs, Signal, Variables, logits_of
 from kdjax.models.decoder import DecoderConfig, RopeScaling, make_decoder
 from kdjax.objective import Batch
 
@@ -211,11 +211,11 @@ def load_weights(folder: str, mesh: Mesh, rules: sharding.Rules, dtype: Any) -> 
     return huggingface.load(folder, sizes, shardings=sharding.by_rules(shapes, mesh, rules), dtype=dtype)
 
 
-def first_weights(config: ConfigDict, dataset: TextDataset, mesh: Mesh, teacher: Callable[[], Variables]) -> Params:
-    """The parameters with which both students begin, which ``student.init`` names; ``teacher`` gives its weights."""
+def first_weights(config: ConfigDict, dataset: TextDataset, mesh: Mesh, teacher: Callable[[], Variables]) -> Variables:
+    """The weights with which both students begin, which ``student.init`` names; ``teacher`` gives its own."""
     place = config.student.init
     if place != FROM_TEACHER:
-        return load_weights(place, mesh, config.sharding.student, jnp.float32)["params"]
+        return load_weights(place, mesh, config.sharding.student, jnp.float32)
     whole, part = (decoder_config(config, one, dataset) for one in (config.teacher, config.student))
     weights = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), teacher())
     ranked = None
@@ -223,7 +223,7 @@ def first_weights(config: ConfigDict, dataset: TextDataset, mesh: Mesh, teacher:
         some: dict[str, Any] = {"tokens": dataset.train.tokens, "segments": dataset.train.segments}
         some = {name: jnp.asarray(array[:_CALIBRATION, :-1], jnp.int32) for name, array in some.items()}
         ranked = decoders.importance(whole, weights, some)
-    return decoders.student_from_teacher(whole, weights, part, importance=ranked)["params"]
+    return decoders.student_from_teacher(whole, weights, part, importance=ranked)
 
 
 # ------------------------------------------------------------------------------------------------------- a batch

@@ -189,7 +189,7 @@ def test_students_begin_with_the_weights_of_a_folder_and_are_handed_over_as_they
     ours = {name: tensor.detach().numpy() for name, tensor in back.state_dict().items()}
     assert ours.keys() == theirs.keys() and equal_trees(ours, theirs)
     # A folder of another model is refused by its first parameter that is of another shape.
-    first = lambda: huggingface.load(letters.teacher.init, huggingface.read_config(letters.teacher.init))["params"]
+    first = lambda: huggingface.load(letters.teacher.init, huggingface.read_config(letters.teacher.init))
     with pytest.raises(UserError, match="student_alone cannot begin with the weights that are given: parameter "):
         train.fresh_state(build.make_arm(experiment, ALONE)._replace(first=first), experiment.mesh)
 
