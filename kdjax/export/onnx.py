@@ -35,7 +35,7 @@ def write(
         ``"int8"``, weights and activations, static, by calibration; ``"int8-dynamic"``, the ranges of activations found
         anew for every input; ``"int8-weights"``, ``"int4"`` and ``"fp8"`` (e4m3fn), weights alone, with one scale for
         each output channel. What the rule's ``skip`` names stays float32 in all of them. Activations that were trained
-        in fp8 are written in float32, as no runtime on CPUs multiplies fp8.
+        rounded are written so where weights too are int8; else they stay float32, for runtimes multiply nothing else.
       calibration: some hundred inputs of the training split, of the input's shape and dtype, for ``"int8"``.
 
     Returns:
@@ -50,7 +50,8 @@ def write(
     rule = serving.quantise or {}
     kind = rule.get("weights")
     if precision == "float32" and kind:
-        precision = "int8" if rule.get("activations") == "int8" else "int8-weights" if kind == "int8" else kind
+        alone = "int8-weights" if kind == "int8" else kind
+        precision = "int8" if kind == rule.get("activations") == "int8" else alone
     if precision == "int8":
         _check_calibration(serving, calibration)
     size = 4 * sum(array.size for array in serving.params.values())
