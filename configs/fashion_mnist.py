@@ -7,6 +7,7 @@ DATA holds ``fashion_mnist`` as tensorflow-datasets prepares it with ``file_form
 
 Variants:
   quick  one epoch of everything, to see that it runs.
+  int4   for kdjax compress: the student with int4 weights, taught by itself in float32, from its outputs alone.
 
 Why it looks like this: XLA's convolutions are slow on a CPU where there are many pixels and few channels, so the first
 block already halves the image, and most parameters sit in a dense layer, which costs nothing. The teacher is trained
@@ -28,7 +29,7 @@ from ml_collections import ConfigDict
 from kdjax import config as configs
 from kdjax.errors import unknown
 
-VARIANTS = ("", "quick")
+VARIANTS = ("", "int4", "quick")
 
 
 def get_config(arg: str = "") -> ConfigDict:
@@ -47,6 +48,16 @@ def get_config(arg: str = "") -> ConfigDict:
     config.train.epochs = 25
     config.log.update(every=100, eval_every=938)  # two epochs
     config.checkpoint.every = 938
+    if arg == "int4":
+        config.compress = {
+            "int4": {
+                "method": "quantise",
+                "options": {"weights": "int4"},
+                "losses": {"kl": {"weight": 1.0, "temperature": 2.0}, "ce": {"weight": 0.0}},
+                "epochs": 5,
+                "learning_rate": {"schedule": "cosine", "init": 1e-3, "end": 0.0, "warmup_percent": 5.0},
+            }
+        }
     if arg == "quick":
         config.teacher.epochs = 1
         config.train.epochs = 1

@@ -23,7 +23,7 @@ FILES = sorted(path.stem for path in FOLDER.glob("*.py") if not path.stem.starts
 VARIANTS = {
     "compress": ["", "chain", "int4", "int8", "fp8", "pruned", "low_rank", "sparse", "quick"],
     "digits": ["", "quick", "labels10", "two_stage"],
-    "fashion_mnist": ["", "quick"],
+    "fashion_mnist": ["", "int4", "quick"],
     "cifar100": ["", "res56_res20", "res32x4_res8x4", "wrn40_2_wrn16_2"],
     "imagenet_r34_r18": [""],
     "imagenet_patient_teacher": [""],
@@ -40,6 +40,7 @@ SAME_STEP = [
     *(("compress", variant) for variant in VARIANTS["compress"]),
     ("digits", "quick"),
     ("digits", "labels10"),
+    ("fashion_mnist", "int4"),
     ("fashion_mnist", "quick"),
     ("cifar100", ""),
     ("curriculum", "hard_first"),

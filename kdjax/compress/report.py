@@ -5,6 +5,7 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from html import escape
+from itertools import cycle
 from typing import Any, NamedTuple
 
 import jax
@@ -15,6 +16,7 @@ from kdjax import report_html as ui
 from kdjax import results as contract
 from kdjax.compress import quantise
 from kdjax.errors import UserError
+from kdjax.measure import report as measured
 from kdjax.model import Variables
 from kdjax.writers import write_atomic
 
@@ -28,6 +30,7 @@ class Measure(NamedTuple):
 
     key: str
     label: str
+    unit: str
     text: str  # a format of the value
     change: str  # of a difference
     factor: float
@@ -35,8 +38,8 @@ class Measure(NamedTuple):
 
 
 MEASURES = {
-    "classification": Measure("accuracy", "accuracy %", ".2f", "+.2f", 100.0, 1),
-    "language": Measure("bits_per_byte", "bits per byte", ".3f", "+.3f", 1.0, -1),
+    "classification": Measure("accuracy", "accuracy %", "% accuracy", ".2f", "+.2f", 100.0, 1),
+    "language": Measure("bits_per_byte", "bits per byte", "bits per byte", ".3f", "+.3f", 1.0, -1),
 }
 
 
@@ -186,18 +189,27 @@ def caption(found: Mapping[str, Any]) -> str:
 def write_html(path: str | os.PathLike[str], found: Mapping[str, Any], config: Mapping[str, Any]) -> None:
     """The chain as a page: the table, and what was run."""
     head, rows = cells(found)
-    body = [[escape(cell) for cell in row] for row in rows]
+    body = [[escape(cell) for cell in column] for column in zip(head, *rows, strict=True)]
     facts = [config["data"]["name"], f"seed {found['seed']}", found["environment"]["date"][:10]]
     top = (
         f'<header><p class="eyebrow"><b>kdjax</b> compression</p><h1>{escape(headline(found))}</h1>'
         f'<p class="facts">{escape(" · ".join(facts))}</p></header>'
     )
+    models = [(name, model["score"], model) for name, model in found["models"].items()]
+    models += [(step["name"], step["distilled"] or step["made"], step) for step in found["steps"]]
+    points = [
+        (contract.ARMS.get(name, name), float(sizes["weights_bytes"]), score["accuracy"], color)
+        for (name, score, sizes), color in zip(models, cycle(measured.COLORS), strict=False)
+    ]
+    keys = "".join(measured.key(name, color) for name, _, _, color in points)
+    drawn = measured.front(points, title="Accuracy against size", label="weights, bytes")
     specs = json.dumps({step["name"]: step["spec"] for step in found["steps"]}, indent=2)
     sections = [
         (
             f"Test {MEASURES[found['task']].label}, step by step",
-            ui.table([escape(name) for name in head], body, texts=3) + ui.note(caption(found)),
+            ui.table(body[0], body[1:]) + ui.note(caption(found)),
         ),
+        ("Accuracy against size", ui.grid(ui.figure("Left is smaller", f'<p class="legend">{keys}</p>{drawn}'))),
         (
             "What was run",
             ui.fold("Models", f"<pre>{escape(specs)}</pre>")
@@ -215,8 +227,8 @@ def headline(found: Mapping[str, Any]) -> str:
     text = lambda score: format(measure.factor * score[measure.key], measure.text)
     smaller = teacher["weights_bytes"] / max(last["weights_bytes"], 1)
     return (
-        f"{last['name']} has weights {smaller:.1f} times smaller than the teacher's and {measure.label} {text(score)} "
-        f"(the teacher {text(teacher['score'])})."
+        f"{last['name']} has weights {smaller:.1f} times smaller than the teacher's and {text(score)} {measure.unit} "
+        f"(the teacher: {text(teacher['score'])})."
     )
 
 

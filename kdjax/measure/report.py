@@ -199,7 +199,7 @@ def _fronts(found: Mapping[str, Any]) -> str:
         ]
         if points:
             svg = front(points, title=title, label=label)
-            legend = "".join(_key(name, color) for name, *_, color in points)
+            legend = "".join(key(name, color) for name, *_, color in points)
             figures += ui.figure(title, f'<p class="legend">{legend}</p>{svg}')
     return ui.grid(figures) + ui.note(
         "The line joins the models that no other one beats: none is both cheaper and better. Left is cheaper."
@@ -238,7 +238,7 @@ def _decades(axis: Any) -> None:
 
 
 def _figures(found: Mapping[str, Any]) -> str:
-    head = ["", *(_key(name, color) for name, color in zip(found["models"], cycle(COLORS)))]
+    head = ["", *(key(name, color) for name, color in zip(found["models"], cycle(COLORS)))]
     cell = lambda text, ratio: escape(text) + (f'<em class="{_kind(ratio)}">{escape(ratio)}</em>' if ratio else "")
     body = [[escape(label), *(cell(*one) for one in cells)] for label, cells in rows(found)]
     return ui.table(head, body)
@@ -256,7 +256,7 @@ def _machine(found: Mapping[str, Any]) -> str:
         axes.locator_params(axis="x", nbins=8, integer=True)
 
     title = "Median latency of each round"
-    legend = "".join(_key(name, color) for name, color in zip(found["models"], cycle(COLORS)))
+    legend = "".join(key(name, color) for name, color in zip(found["models"], cycle(COLORS)))
     said = found["machine"]
     share = lambda key: "unknown" if said[key] is None else f"{100 * said[key]:.1f}<small> %</small>"
     facts = [
@@ -293,7 +293,7 @@ def _how(found: Mapping[str, Any]) -> str:
     environment["packages"] = {**environment["packages"], **versions}
     files = [
         [
-            _key(name, color),
+            key(name, color),
             f"<code>{escape(entry['path'])}</code>",
             escape(f"{entry['format']}, {entry['runtime']} {entry['version']}"),
         ]
@@ -306,7 +306,7 @@ def _how(found: Mapping[str, Any]) -> str:
     )
 
 
-def _key(name: str, color: str) -> str:
+def key(name: str, color: str) -> str:
     """The name of a model with its colour."""
     return f'<span class="key" style="--c:var(--{color})">{escape(name)}</span>'
 
