@@ -367,6 +367,10 @@ def _parse(verb: str, argv: Sequence[str]) -> Call:
         raise UserError(f"{sentence}; kdjax {verb} --help lists the flags.") from error
     if words and verb not in _TAKE_WORDS and not (verb in ("compare", "population") and values.grid):
         raise UserError(f"unexpected {words[0]!r}: values are given as --config.key=value; see kdjax {verb} --help.")
+    if verb == "export" and (values.config or overrides):
+        raise UserError("kdjax export goes by the config of the run that it exports: leave --config out.")
+    if verb == "measure" and overrides and not values.config:
+        raise UserError(f"{overrides[0]} changes no file: give --config FILE, whose test data are then measured on.")
     base = configs.from_file(values.config) if values.config else configs.default()
     config = configs.resolve(configs.override(base, overrides))
     # A folder of this config's own, so that the same command finds its run again.

@@ -105,8 +105,8 @@ def default() -> ConfigDict:
         "examples_per_shard": 1024,
         "examples_per_batch": 0,  # 0: data.eval_batch_size
     }
-    # name -> {method, of, teacher, options, losses, ...}: steps from a model to a smaller one, in the order of their
-    # names, each trained after it (kdjax compress); what a step leaves out is as in kdjax.compress.steps.DEFAULTS.
+    # name -> what differs from STEP: steps from a model to a smaller one, each trained after it (kdjax compress), in
+    # the order of their names.
     config.compress = {}
     config.licences = {"teacher": "", "data": ""}  # a note on each, for the model card of an export
     config.population = {"chunk": 0}  # students at a time in a population; 0: as measured at its start
@@ -118,6 +118,20 @@ def default() -> ConfigDict:
         "sample": {"tokens": 160, "temperature": 0.7},  # of the text that each arm of a language model writes
     }
     return config
+
+
+# A step of ``config.compress``.
+STEP: dict[str, Any] = {
+    "method": "",  # prune, low_rank, sparsify or quantise
+    "of": "",  # the step, or the arm, whose model it is made of; empty: the step before, the distilled student at first
+    "teacher": "",  # teacher, or before: the model it is made of; empty: before for quantise, else teacher
+    "options": {},  # of the method
+    "losses": {},  # what differs from config.losses
+    "learning_rate": None,  # a number, or a schedule over the step; None: config.optimizer.learning_rate
+    "epochs": 0,  # with steps 0 as well: not trained
+    "steps": 0,
+    "control": True,  # also trained without a teacher, by config.control.losses and with as many updates
+}
 
 
 def from_file(place: str) -> ConfigDict:
@@ -179,6 +193,10 @@ def resolve(config: ConfigDict) -> ConfigDict:
     _check(config.teacher.augment.to_dict(), default().data.augment.to_dict(), "teacher.augment.")
     for name, stage in config.stages.items():
         _check(stage.to_dict().get("losses", {}), default().losses.to_dict(), f"stages.{name}.losses.")
+    for name, step in config.compress.items():
+        section = step.to_dict()
+        _check(section.pop("losses"), default().losses.to_dict(), f"compress.{name}.losses.")
+        _check(section, STEP, f"compress.{name}.")
     for name, extra in config.more_teachers.items():
         _check(
             extra.to_dict(), {key: default().teacher.to_dict()[key] for key in MEMBER_KEYS}, f"more_teachers.{name}."
@@ -194,8 +212,10 @@ def resolve(config: ConfigDict) -> ConfigDict:
 
 
 def _filled(config: ConfigDict) -> ConfigDict:
-    """A copy with what a student that is set as a whole leaves out."""
+    """A copy with what a student that is set as a whole leaves out, and each step of compression."""
     config = ConfigDict(config.to_dict(), type_safe=False)
+    for name, step in config.get("compress", {}).items():
+        config.compress[name] = {**STEP, **step.to_dict()}
     for key in ("init", "seed", "reuse_classifier"):
         config.student[key] = config.student.get(key, default().student[key])
     return config
@@ -289,7 +309,8 @@ def _check(found: Mapping[str, Any], expected: Mapping[str, Any], prefix: str) -
         path = prefix + key
         if key not in expected:
             raise unknown_key(path, {prefix + name: None for name in expected})
-        if path in _OPEN or (prefix.startswith(("more_teachers.", "assistants.", "peers.")) and key == "options"):
+        sections = ("more_teachers.", "assistants.", "peers.", "compress.")
+        if path in _OPEN or (prefix.startswith(sections) and key == "options"):
             _require(isinstance(value, Mapping), path, "a mapping of options", value)
         elif _is_schedule(value) and isinstance(expected[key], int | float | Mapping):
             continue  # schedules.make checks it

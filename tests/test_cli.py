@@ -213,3 +213,17 @@ def test_nan_in_data_is_refused(tmp_path):
     broken = digits()._replace(train=sources.Split(inputs, digits().train.labels))
     with pytest.raises(UserError, match="7"):
         build.prepare(tiny_config(), broken)
+
+
+def test_export_and_measure_say_what_they_take(capsys):
+    asked = {
+        "export": "say which run: kdjax export WORKDIR",
+        "export runs/a --config.seed=1": "leave --config out",
+        "export no/such/run": "no/such/run is not a workdir of kdjax",
+        "measure": "there is nothing to measure",
+        "measure a.onnx --config.data.data_dir=DATA": "give --config FILE",
+        "measure no/such.onnx": "no/such.onnx",
+    }
+    for words, message in asked.items():
+        assert cli.run(words.split()) == 2
+        assert message in capsys.readouterr().err

@@ -14,7 +14,7 @@ import optax
 from flax.traverse_util import flatten_dict, unflatten_dict
 from ml_collections import ConfigDict
 
-from kdjax import objective, optimizer
+from kdjax import optimizer
 from kdjax.compress import classifiers, decoders, low_rank, quantise, sparsify
 from kdjax.errors import UserError, unknown
 from kdjax.experiment import ALONE, DISTILLED, MAIN, Experiment
@@ -26,18 +26,6 @@ Spec = dict[str, Any]
 BEFORE = "before"  # as a step's teacher: the model that it was made of
 STARTS = (DISTILLED, ALONE, MAIN)  # what the first steps may be made of
 CALIBRATION = {"classification": 256, "language": 16}  # training examples by which parts are ranked and scales are set
-
-DEFAULTS: dict[str, Any] = {
-    "method": "",  # prune, low_rank, sparsify or quantise
-    "of": "",  # the step, or the arm, whose model it is made of; empty: the step before, the distilled student at first
-    "teacher": "",  # teacher, or before: the model it is made of; empty: before for quantise, else teacher
-    "options": {},  # of the method
-    "losses": {},  # what differs from config.losses
-    "learning_rate": None,  # a number, or a schedule over the step; None: config.optimizer.learning_rate
-    "epochs": 0,  # with steps 0 as well: not trained
-    "steps": 0,
-    "control": True,  # also trained without a teacher, by config.control.losses and with as many updates
-}
 
 
 class Step(NamedTuple):
@@ -77,10 +65,10 @@ class Made(NamedTuple):
 
 
 def plan(config: ConfigDict) -> list[Step]:
-    """The steps of a config in their order.
+    """The steps of a resolved config in their order.
 
     Raises:
-      UserError: no steps, an unknown key, method or teacher, or a step made of what does not come before it.
+      UserError: no steps, an unknown method or teacher, or a step made of what does not come before it.
     """
     sections = config.compress.to_dict()
     if not sections:
@@ -88,15 +76,9 @@ def plan(config: ConfigDict) -> list[Step]:
     found: list[Step] = []
     for name, section in sorted(sections.items()):
         where = f"compress.{name}"
-        for key in section:
-            if key not in DEFAULTS:
-                raise unknown(f"key of {where}", key, DEFAULTS)
-        step = Step(name, **{**DEFAULTS, **section})
+        step = Step(name, **section)
         if step.method not in METHODS:
             raise unknown(f"{where}.method", step.method, METHODS)
-        for term in step.losses:
-            if term not in objective.default_losses():
-                raise unknown(f"term of {where}.losses", term, objective.default_losses())
         models = [*STARTS, *(other.name for other in found)]
         if name in STARTS:
             raise UserError(f"compress.{name} has the name of an arm: call the step something else.")

@@ -144,10 +144,14 @@ def test_a_changed_step_is_refused_where_its_checkpoint_is(whole):
     [
         ({}, r"compress.a.method '': valid names are low_rank, prune"),
         ({"method": "prun"}, "did you mean 'prune'"),
-        ({"method": "prune", "optoins": {}}, "unknown key of compress.a 'optoins': did you mean 'options'"),
+        (
+            {"method": "prune", "optoins": {}},
+            "unknown config key 'compress.a.optoins': did you mean 'compress.a.options'",
+        ),
+        ({"method": "prune", "control": 1}, r"compress.a.control is 1 \(int\) and should be bool"),
         ({"method": "prune", "of": "b"}, "unknown compress.a.of 'b'"),
         ({"method": "prune", "teacher": "me"}, "unknown compress.a.teacher 'me'"),
-        ({"method": "prune", "losses": {"kll": {}}}, "did you mean 'kl'"),
+        ({"method": "prune", "losses": {"kll": {}}}, "did you mean 'compress.a.losses.kl'"),
     ],
 )
 def test_a_step_that_says_no_sense_is_refused(section, message):
