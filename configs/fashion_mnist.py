@@ -54,8 +54,8 @@ def get_config(arg: str = "") -> ConfigDict:
                 "method": "quantise",
                 "options": {"weights": "int4"},
                 "losses": {"kl": {"weight": 1.0, "temperature": 2.0}, "ce": {"weight": 0.0}},
-                "epochs": 5,
-                "learning_rate": {"schedule": "cosine", "init": 1e-3, "end": 0.0, "warmup_percent": 5.0},
+                "epochs": 15,
+                "learning_rate": {"schedule": "cosine", "init": 2e-3, "end": 0.0, "warmup_percent": 5.0},
             }
         }
     if arg == "quick":

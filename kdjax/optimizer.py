@@ -22,7 +22,7 @@ from kdjax.errors import UserError, unknown
 Params = Any
 COMMON = ("clip_norm", "decay_mask", "freeze", "sparsify")
 SPARSE = ("final", "initial", "every", "scope", "skip")  # what sparsify takes beside its lengths
-_LENGTHS = tuple(f"{name}_{unit}" for name in ("begin", "end") for unit in schedules.UNITS)
+LENGTHS = tuple(f"{name}_{unit}" for name in ("begin", "end") for unit in schedules.UNITS)
 
 
 def sgd(
@@ -156,7 +156,7 @@ def thinning(
     Raises:
         UserError: an unknown option, no ``final``, or what ``sparsify.sparsify`` refuses.
     """
-    where, valid = "optimizer.sparsify", (*_LENGTHS, *SPARSE)
+    where, valid = "optimizer.sparsify", (*LENGTHS, *SPARSE)
     for option in options:
         if option not in valid:
             raise unknown(f"option of {where}", option, valid)

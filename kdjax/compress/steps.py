@@ -4,6 +4,7 @@ A model is described by a spec, plain data that builds it again: ``{"name", "opt
 they apply ``ranks`` (of layers in two factors, by path) and ``quantise`` (a rule of :mod:`kdjax.compress.quantise`).
 """
 
+import re
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, NamedTuple
@@ -79,9 +80,10 @@ def plan(config: ConfigDict) -> list[Step]:
         step = Step(name, **section)
         if step.method not in METHODS:
             raise unknown(f"{where}.method", step.method, METHODS)
+        _check_options(step, where)
         models = [*STARTS, *(other.name for other in found)]
-        if name in STARTS:
-            raise UserError(f"compress.{name} has the name of an arm: call the step something else.")
+        if name in STARTS or not re.fullmatch(r"\w[\w-]*", name):
+            raise UserError(f"{where}: a step cannot be called so: give a name of letters, digits, _ and - (no arm's).")
         of = step.of or (models[-1] if found else DISTILLED)
         if of not in models:
             raise unknown(f"{where}.of", of, models)
@@ -90,6 +92,21 @@ def plan(config: ConfigDict) -> list[Step]:
             raise unknown(f"{where}.teacher", teacher, (MAIN, BEFORE))
         found.append(step._replace(of=of, teacher=teacher))
     return found
+
+
+def _check_options(step: Step, where: str) -> None:
+    """Refuses, before anything is trained, what can be seen to be wrong without a model."""
+    valid = METHODS[step.method].options
+    for option in step.options:
+        if option not in valid:
+            raise unknown(f"option of {where}", option, valid)
+    needed = METHODS[step.method].needs
+    if needed and needed not in step.options:
+        raise UserError(f"{where}.options has no {needed}: a step that does {step.method} needs it (docs/compress.md).")
+    if step.method == "quantise":
+        quantise.check_rule(_rule(step.options))
+    if step.method == "prune" and not isinstance(step.options["keep"], Mapping):
+        raise UserError(f"{where}.options.keep is {step.options['keep']!r}: name parts, such as {{'channels': 0.5}}.")
 
 
 def spec_of(experiment: Experiment, arm: str) -> Spec:
@@ -144,7 +161,8 @@ def make(experiment: Experiment, step: Step, spec: Spec, variables: Variables) -
             f"compress.{step.name} is made of {step.of}, which is quantised, so its weights are not what they seem: "
             "quantise last."
         )
-    return METHODS[step.method](experiment, spec, jax.device_get(variables), f"compress.{step.name}", **step.options)
+    make_it = METHODS[step.method].make
+    return make_it(experiment, spec, jax.device_get(variables), f"compress.{step.name}", **step.options)
 
 
 # ---------------------------------------------------------------------------------------------------------- methods
@@ -207,7 +225,7 @@ def _sparsify(experiment: Experiment, spec: Spec, variables: Variables, where: s
 
 def _quantise(experiment: Experiment, spec: Spec, variables: Variables, where: str, **options: Any) -> Made:
     """The same weights, seen through a coarser grid."""
-    rule = {"weights": "int8", "activations": None, "skip": (), **options}
+    rule = _rule(options)
     quantise.check_rule(rule, variables["params"])
     made = {**spec, "quantise": rule}
     if not rule["activations"]:
@@ -222,9 +240,21 @@ def _quantise(experiment: Experiment, spec: Spec, variables: Variables, where: s
     return Made(made, calibrated, calibrated)
 
 
-METHODS: dict[str, Callable[..., Made]] = {
-    "prune": _prune,
-    "low_rank": _low_rank,
-    "sparsify": _sparsify,
-    "quantise": _quantise,
+def _rule(options: Mapping[str, Any]) -> dict[str, Any]:
+    return {"activations": None, "skip": (), **options}
+
+
+class Method(NamedTuple):
+    """What a step may do: what makes the model, its options, and the one that must be given."""
+
+    make: Callable[..., Made]
+    options: tuple[str, ...]
+    needs: str = ""
+
+
+METHODS: dict[str, Method] = {
+    "prune": Method(_prune, ("keep", "importance", "multiple"), "keep"),
+    "low_rank": Method(_low_rank, ("energy", "budget", "skip")),
+    "sparsify": Method(_sparsify, (*optimizer.SPARSE, *optimizer.LENGTHS), "final"),
+    "quantise": Method(_quantise, ("weights", "activations", "skip"), "weights"),
 }

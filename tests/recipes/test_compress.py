@@ -1,6 +1,7 @@
 """A chain of compression: every step is made, trained beside its control, resumed and found again."""
 
 import json
+import shutil
 import signal
 
 import jax
@@ -112,7 +113,10 @@ def test_a_finished_chain_is_loaded_and_its_models_are_found(whole):
 
 
 def test_a_step_that_is_interrupted_goes_on_to_the_same_weights(whole, tmp_path):
-    interrupted = config({"1_prune": CHAIN["1_prune"]})
+    for name in ("config.json", "checkpoints"):  # the arms are there; only the step is to be trained
+        copy = shutil.copytree if (whole[0] / name).is_dir() else shutil.copyfile
+        copy(whole[0] / name, tmp_path / name)
+    interrupted = config({"1_prune": {**CHAIN["1_prune"], **NO_CONTROL}})
     interrupted.checkpoint.every = 2
     real, stopped = checkpoint.Checkpoints.save, []
 
@@ -149,8 +153,12 @@ def test_a_changed_step_is_refused_where_its_checkpoint_is(whole):
             "unknown config key 'compress.a.optoins': did you mean 'compress.a.options'",
         ),
         ({"method": "prune", "control": 1}, r"compress.a.control is 1 \(int\) and should be bool"),
-        ({"method": "prune", "of": "b"}, "unknown compress.a.of 'b'"),
-        ({"method": "prune", "teacher": "me"}, "unknown compress.a.teacher 'me'"),
+        ({"method": "prune", "options": {"kep": {}}}, "unknown option of compress.a 'kep': did you mean 'keep'"),
+        ({"method": "prune"}, "compress.a.options has no keep"),
+        ({"method": "prune", "options": {"keep": 0.5}}, "keep is 0.5: name parts"),
+        ({"method": "quantise", "options": {"weights": "int5"}}, "unknown quantisation of weights 'int5'"),
+        ({"method": "low_rank", "of": "b"}, "unknown compress.a.of 'b'"),
+        ({"method": "low_rank", "teacher": "me"}, "unknown compress.a.teacher 'me'"),
         ({"method": "prune", "losses": {"kll": {}}}, "did you mean 'compress.a.losses.kl'"),
     ],
 )
