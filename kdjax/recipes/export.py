@@ -35,7 +35,8 @@ from kdjax.writers import write_atomic
 Say = Callable[[str], None]
 CALIBRATION = 256  # training examples from which the ranges of int8 activations are taken
 CALIBRATION_WINDOWS = 64  # of a language model, whose examples are hundreds of tokens each
-TEST_WINDOWS = 64  # on which a language model is compared with JAX
+TEST_FLOPS = 2e12  # of a language model's comparison with JAX: under a minute on a CPU, and so many windows, at least:
+TEST_WINDOWS = 4
 WINDOWS_AT_A_TIME = 4
 BOUND = 1e-3  # of the difference from JAX of a logit of a format in float32
 
@@ -352,8 +353,10 @@ def _test(loaded: Loaded) -> tuple[np.ndarray, np.ndarray]:
     test = loaded.experiment.dataset.test
     if loaded.experiment.config.task != "language":
         return test.inputs, test.labels
-    inputs, targets, _ = examples.rows_of(jax.tree.map(lambda array: array[:TEST_WINDOWS], test))
-    return inputs[:TEST_WINDOWS], targets[:TEST_WINDOWS]
+    flops = 2 * results.count(loaded.variables) * loaded.experiment.dataset.context  # of a window
+    count = max(int(TEST_FLOPS / flops), TEST_WINDOWS)
+    inputs, targets, _ = examples.rows_of(jax.tree.map(lambda array: array[:count], test))
+    return inputs[:count], targets[:count]
 
 
 def _calibration(loaded: Loaded) -> np.ndarray:
