@@ -4,10 +4,16 @@
     kdjax compress --config configs/compress.py:int4 --workdir runs/int4
     kdjax bench compress --seeds 3 --config configs/compress.py:int4
 
-Teacher, student and data are those of configs/digits.py. Measured on 2 cores of an AMD EPYC, test accuracy in percent as
-made / trained alone / distilled: int4, 3 seeds, 96.84 / 98.14 / 98.05 (97.96 before); pruned, 5 seeds, 25.96 / 97.77 /
-98.05, and with --config.data.labels=0.1 25.96 / 93.59 / 97.94; low_rank 38.61 / 97.99 / 98.61, with a tenth of the
-labels 38.61 / 95.15 / 98.61. One to two minutes a seed. More: docs/results.md. Variants:
+Teacher, student and data are those of configs/digits.py. Test accuracy in percent, as made / trained alone / distilled, on
+2 cores of an AMD EPYC, one to two minutes a seed (more: docs/results.md):
+
+  int4, 3 seeds                                 96.84 / 98.14 / 98.05 (97.96 before)
+  pruned, 5 seeds                               25.96 / 97.77 / 98.05
+  pruned with --config.data.labels=0.1          25.96 / 93.59 / 97.94
+  low_rank, 5 seeds                             38.61 / 97.99 / 98.61
+  low_rank with --config.data.labels=0.1        38.61 / 95.15 / 98.61
+
+Variants:
   chain     distil, prune, distil, quantise-aware distil: the student loses half of its channels, then its weights and
             activations become int8. Also without a variant.
   int4      the student with int4 weights, taught by itself in float32, from its outputs alone (no labels).
