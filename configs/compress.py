@@ -4,8 +4,8 @@
     kdjax compress --config configs/compress.py:int4 --workdir runs/int4
     kdjax bench compress --seeds 3 --config configs/compress.py:int4
 
-Teacher, student and data are those of configs/digits.py. Test accuracy in percent, as made / trained alone / distilled, on
-2 cores of an AMD EPYC, one to two minutes a seed (more: docs/results.md):
+Teacher, student and data are those of configs/digits.py. Test accuracy in percent, as made / trained alone / distilled,
+on 2 cores of an AMD EPYC, one to two minutes a seed (more: docs/results.md):
 
   int4, 3 seeds                                 96.84 / 98.14 / 98.05 (97.96 before)
   pruned, 5 seeds                               25.96 / 97.77 / 98.05
