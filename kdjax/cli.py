@@ -240,7 +240,7 @@ def measure(call: Call) -> None:
     )
     console = Console()
     console.print(recipe.table(found))
-    console.print(f"report: {call.workdir / 'measure.html'}", soft_wrap=True)
+    console.print(f"report: {call.workdir / recipe.PAGE}", soft_wrap=True)
 
 
 def _grid_words(call: Call) -> list[str]:

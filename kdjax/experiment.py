@@ -195,12 +195,19 @@ def load_teacher(experiment: Experiment, name: str) -> Variables | None:
     if language.is_folder(place):
         rules, dtype = experiment.config.sharding.teacher, jnp.dtype(experiment.config.train.dtype)
         return as_cached(experiment, language.load_weights(place, experiment.mesh, rules, dtype))
-    model = model_of(experiment, name)
+    return as_cached(experiment, load_weights(model_of(experiment, name), checkpoint_folder(place)))
+
+
+def load_weights(model: Model, folder: Path) -> Variables:
+    """The weights of the newest checkpoint in a folder, which must be the model's, on the host.
+
+    Raises:
+      UserError: no checkpoint there, a damaged one, or one of another architecture (names the first parameter).
+    """
     here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     shapes = jax.eval_shape(model.init, jax.random.key(0))
     like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), shapes)
-    variables, _ = checkpoint.load_model(checkpoint_folder(place), like)
-    return as_cached(experiment, jax.device_get(variables))
+    return jax.device_get(checkpoint.load_model(folder, like)[0])
 
 
 def as_cached(experiment: Experiment, variables: Variables) -> Variables:

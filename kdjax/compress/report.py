@@ -8,13 +8,11 @@ from html import escape
 from itertools import cycle
 from typing import Any, NamedTuple
 
-import jax
-import numpy as np
 from rich.table import Table
 
 from kdjax import report_html as ui
 from kdjax import results as contract
-from kdjax.compress import quantise
+from kdjax.compress import quantise, sparsify
 from kdjax.errors import UserError
 from kdjax.measure import report as measured
 from kdjax.model import Variables
@@ -46,10 +44,9 @@ MEASURES = {
 def sizes(spec: Mapping[str, Any], variables: Variables) -> dict[str, int]:
     """Parameters, those that are not zero, and the bytes of all weights as an export stores them."""
     rule = spec.get("quantise")
-    leaves = jax.tree.leaves(variables["params"])
     return {
         "params": contract.count(variables),
-        "nonzero": int(sum(np.count_nonzero(leaf) for leaf in leaves)),
+        "nonzero": sparsify.sparsity(variables["params"])["nonzero"],
         "weights_bytes": quantise.weights_bytes(variables["params"], variables["state"], rule),
     }
 

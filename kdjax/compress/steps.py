@@ -143,9 +143,9 @@ def part_of(spec: Spec) -> ConfigDict:
     return ConfigDict({"name": spec["name"], "options": spec["options"], "init": ""}, type_safe=False)
 
 
-def calibration(experiment: Experiment, count: int = 0) -> Any:
-    """The first training examples as the models see them; as many as parts are ranked by, without a ``count``."""
-    count = count or CALIBRATION[experiment.config.task]
+def calibration(experiment: Experiment) -> Any:
+    """The first training examples as the models see them, by which parts are ranked and scales are set."""
+    count = CALIBRATION[experiment.config.task]
     split = experiment.student_train
     if experiment.task is language:
         some = {"tokens": split.tokens, "segments": split.segments}

@@ -110,10 +110,7 @@ def load(experiment: Experiment, workdir: Path, name: str) -> Compressed:
     if not (folder / str(saved["steps"])).is_dir():
         raise UserError(f"{name} in {workdir} is not finished: run kdjax compress with this --workdir to finish it.")
     model = steps.build(experiment, saved["spec"])
-    shapes = jax.eval_shape(model.init, jax.random.key(0))
-    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), shapes)
-    return Compressed(saved["spec"], model, jax.device_get(checkpoint.load_model(folder, like)[0]))
+    return Compressed(saved["spec"], model, experiments.load_weights(model, folder))
 
 
 # --------------------------------------------------------------------------------------------------------- one step

@@ -211,16 +211,8 @@ def load_arm(workdir: Path, arm: str) -> Loaded:
     variables = experiments.load_teacher(experiment, arm)
     if variables is None:
         distill.require_finished(experiment, arm, workdir)
-        variables = weights_of(model, Path(workdir) / "checkpoints" / arm)
+        variables = experiments.load_weights(model, Path(workdir) / "checkpoints" / arm)
     return Loaded(experiment, part, model, jax.device_get(variables))
-
-
-def weights_of(model: Model, folder: Path) -> Variables:
-    """The weights of the newest checkpoint in a folder, on one device."""
-    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    shapes = jax.eval_shape(model.init, jax.random.key(0))
-    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), shapes)
-    return checkpoint.load_model(folder, like)[0]
 
 
 def _experiment(workdir: Path) -> Experiment:
