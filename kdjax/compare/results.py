@@ -13,6 +13,7 @@ from kdjax.writers import write_atomic
 
 SCHEMA = 1
 KIND = "compare"
+_CELLS = 2**20  # of a grid
 CELL = {"accuracy": 1.0, "nll": math.inf, "ece": 1.0, "agreement": 1.0, "kl": math.inf}  # -> the highest value
 
 
@@ -68,6 +69,9 @@ def _methods(results: Mapping[str, Any]) -> None:
         if not name or not name.isprintable():
             raise contract.wrong("a name in results.methods", "printable text", name)
         _method(f"results.methods.{name}", method, results["seeds"])
+    for key in ("control", "baseline"):
+        if results[key] is not None or key == "control":
+            _text(f"results.{key}", results[key])
     if results["control"] not in methods:
         raise unknown("method in results.control", results["control"], methods)
     if results["baseline"] is not None and results["baseline"] not in methods:
@@ -123,6 +127,8 @@ def _grid(path: str, grid: Any, seeds: list[int]) -> None:
         _values(f"{path}.values[{i}]", axis)
     if not isinstance(cells, list):
         raise contract.wrong(f"{path}.cells", "a list", cells)
+    if math.prod(map(len, axes)) * len(seeds) > _CELLS:
+        raise contract.wrong(f"{path}.values", f"a grid of at most {_CELLS:,} cells", axes)
     missing = set(itertools.product(itertools.product(*axes), seeds))
     for i, cell in enumerate(cells):
         where = f"{path}.cells[{i}]"

@@ -11,12 +11,13 @@ from typing import Any
 import numpy as np
 from rich import box
 from rich.table import Table
-from rich.text import Text
 
 from kdjax import report_html as ui
 from kdjax import statistics
 from kdjax.compare import results as contract
 from kdjax.results import noise_points
+from kdjax.untrusted import markdown as plain
+from kdjax.untrusted import terminal
 
 BETTER, WORSE, TIED = "better", "worse", "not told apart"
 MARKS = {BETTER: " ▲", WORSE: " ▼", TIED: ""}
@@ -193,22 +194,23 @@ def _idle(results: Mapping[str, Any]) -> list[str]:
 def table(results: Mapping[str, Any]) -> Table:
     """The leaderboard for a terminal of 80 columns, with the sentences below it; ``markdown`` has more figures."""
     shown = {label: key for label, key in columns(results).items() if key in TERMINAL}
-    found = Table(caption=Text(sentence(results)), caption_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    caption = terminal(sentence(results))
+    found = Table(caption=caption, caption_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     found.add_column("method", overflow="fold")
     for label, key in shown.items():
-        found.add_column(Text(label), justify="right", overflow="fold", style="bold" if key == "accuracy" else "")
+        found.add_column(terminal(label), justify="right", overflow="fold", style="bold" if key == "accuracy" else "")
     for row in summarise(results):
-        cells = [Text(cell(row, key), style=_style(row, key)) for key in shown.values()]
-        found.add_row(Text(row["method"]), *cells)
+        cells = [terminal(cell(row, key), _style(row, key)) for key in shown.values()]
+        found.add_row(terminal(row["method"]), *cells)
     return found
 
 
 def markdown(results: Mapping[str, Any]) -> str:
     """The leaderboard as a Markdown table, real differences bold, with a line that explains it."""
     shown = columns(results)
-    lines = [f"| {' | '.join(['method', *shown])} |", f"|---|{'---:|' * len(shown)}"]
+    lines = [f"| {' | '.join(['method', *map(plain, shown)])} |", f"|---|{'---:|' * len(shown)}"]
     for row in summarise(results):
-        cells = [row["method"].replace("|", r"\|")]
+        cells = [plain(row["method"])]
         for key in shown.values():
             real = isinstance(row[key], dict) and row[key].get("verdict", TIED) != TIED
             cells.append(f"**{cell(row, key)}**" if real else cell(row, key))

@@ -16,6 +16,7 @@ from kdjax.compress import quantise, sparsify
 from kdjax.errors import UserError
 from kdjax.measure import report as measured
 from kdjax.model import Variables
+from kdjax.untrusted import terminal
 from kdjax.writers import write_atomic
 
 SCHEMA = 1
@@ -96,8 +97,11 @@ def validate(found: Any) -> None:
         raise UserError(f"compress.json is of schema {found['schema']!r}, this reads schema {SCHEMA}: run it again.")
     contract.check_sha256("compress.config_sha256", found["config_sha256"])
     contract.check_environment("compress.environment", found["environment"])
-    if found["task"] not in MEASURES:
+    if not isinstance(found["task"], str) or found["task"] not in MEASURES:
         raise contract.wrong("compress.task", f"one of {', '.join(MEASURES)}", found["task"])
+    for key, kind in (("models", dict), ("steps", list)):
+        if not isinstance(found[key], kind):
+            raise contract.wrong(f"compress.{key}", f"a {kind.__name__}", found[key])
     for name, model in found["models"].items():
         path = f"compress.models.{name}"
         contract.check_keys(path, model, {"spec", "score", *SIZE})
@@ -135,9 +139,9 @@ def table(found: Mapping[str, Any]) -> Table:
     head, rows = cells(found)
     shown.add_column("")
     for row in rows:
-        shown.add_column(row[0], justify="right")
+        shown.add_column(terminal(row[0]), justify="right")
     for number, label in enumerate(head[1:], 1):
-        shown.add_row(label, *(row[number] for row in rows))
+        shown.add_row(label, *(terminal(row[number]) for row in rows))
     return shown
 
 

@@ -36,6 +36,7 @@ from numpy.typing import ArrayLike
 from kdjax.data import signal_codec
 from kdjax.data.signal_codec import Signals
 from kdjax.errors import UserError, unknown
+from kdjax.untrusted import inside, parse_json
 from kdjax.writers import write_atomic
 
 SCHEMA = 1
@@ -133,9 +134,9 @@ def read_manifest(folder: Folder) -> Manifest:
     Raises:
       UserError: no manifest, a damaged one, or one of another schema.
     """
-    path = Path(folder) / _MANIFEST
+    path = inside(Path(folder), _MANIFEST)
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = parse_json(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(
             f"{folder} is no cache of teacher signals, {_MANIFEST} is missing: make one with kdjax cache."
@@ -219,7 +220,7 @@ def open_cache(folder: Folder) -> Cache:
     """
     folder = Path(folder)
     manifest = _complete(folder)
-    paths = [str(shard_path(folder, number)) for number in range(_shards(manifest))]
+    paths = [str(inside(folder, shard_path(folder, number).name)) for number in range(_shards(manifest))]
     try:
         source = grain.sources.ArrayRecordDataSource(paths)
         complete = len(source) == manifest.examples
@@ -311,10 +312,14 @@ def size(folder: Folder) -> float:
 
 def _complete(folder: Folder) -> Manifest:
     manifest = read_manifest(folder)
-    if missing := missing_shards(folder, manifest):
+    shards = _shards(manifest)
+    # Not by missing_shards: a damaged manifest may speak of thousands of millions.
+    first = next((number for number in range(shards) if not shard_path(folder, number).exists()), None)
+    if first is not None:
+        there = sum(1 for _ in Path(folder).glob("shard-*.array_record"))
         raise UserError(
-            f"the cache {folder} is unfinished, {len(missing)} of its {_shards(manifest)} shards are missing "
-            f"({shard_path(folder, missing[0]).name} is the first): finish it with kdjax cache."
+            f"the cache {folder} is unfinished, {max(shards - there, 1)} of its {shards} shards are missing "
+            f"({shard_path(folder, first).name} is the first): finish it with kdjax cache."
         )
     return manifest
 

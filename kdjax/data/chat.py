@@ -109,8 +109,10 @@ def render(messages: Sequence[Message], tokenizer: Tokenizer, *, add_generation_
             add_generation_prompt=add_generation_prompt,
             **tokenizer.special_tokens,
         )
-    except (_jinja2().exceptions.TemplateError, TypeError) as error:
-        raise UserError(f"the chat template of {tokenizer.name} refuses a conversation: {error}.") from error
+    except Exception as error:  # a template is a program, so it may raise anything
+        raise UserError(
+            f"the chat template of {tokenizer.name} refuses a conversation: {str(error) or type(error).__name__}."
+        ) from error
 
 
 def _span(text: str, messages: Sequence[Message], turn: int, tokenizer: Tokenizer) -> tuple[int, int] | None:
@@ -133,6 +135,9 @@ def _check(messages: Any) -> None:
                 raise UserError(f"message {number} of a conversation has no {key} that is text: give it one.")
 
 
+_MOST = 2**24  # characters, or entries, that a template may make at once
+
+
 @lru_cache(maxsize=16)
 def _template(source: str) -> Any:
     """The template in the environment that ``transformers`` gives chat templates."""
@@ -153,9 +158,20 @@ def _template(source: str) -> Any:
     def refuse(message: str) -> None:
         raise jinja2.exceptions.TemplateError(message)
 
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
-    )
+    class Sandbox(ImmutableSandboxedEnvironment):
+        """In which ``'a' * 10**12`` and ``9 ** 9 ** 9`` do not fill the memory."""
+
+        intercepted_binops = frozenset(("*", "**"))
+
+        def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+            sizes = [len(x) if hasattr(x, "__len__") else abs(x) for x in (left, right)]
+            if operator == "*" and sizes[0] * sizes[1] > _MOST and any(hasattr(x, "__len__") for x in (left, right)):
+                raise jinja2.exceptions.SecurityError("it repeats a text too often")
+            if operator == "**" and sizes[1] > 64:
+                raise jinja2.exceptions.SecurityError("it raises a number to too high a power")
+            return super().call_binop(context, operator, left, right)
+
+    environment = Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols])
     environment.filters["tojson"] = lambda value, ensure_ascii=False, **options: json.dumps(
         value, ensure_ascii=ensure_ascii, **options
     )
@@ -163,7 +179,7 @@ def _template(source: str) -> Any:
     environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
     try:
         return environment.from_string(source)
-    except jinja2.exceptions.TemplateError as error:
+    except (jinja2.exceptions.TemplateError, ValueError, RecursionError) as error:
         raise UserError(f"the chat template is not one that jinja2 reads: {error}.") from error
 
 

@@ -1,13 +1,17 @@
 """Data sets in memory: scikit-learn's digits, synthetic images, image sets of TFDS, the user's own arrays."""
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from kdjax.data import corrupt
 from kdjax.errors import UserError, unknown
+from kdjax.untrusted import parse_json
 
 UNLABELLED = -1
 _TFDS = "tfds:"
@@ -41,18 +45,20 @@ def load(config_data: Mapping[str, Any]) -> Dataset:
     """Loads the data set that ``name`` says: one of ``SOURCES``, or ``tfds:NAME``.
 
     Args:
-      config_data: ``config.data``: ``name``, ``data_dir`` (of TFDS; empty: its default) and ``options`` of the source.
+      config_data: ``config.data``: ``name``, ``data_dir`` (of TFDS; empty: its default), ``options`` of the source, and
+        ``corrupt``: what is done with records that cannot be read (see ``data.corrupt``).
 
     Raises:
-      UserError: an unknown name or option, or a TFDS data set that is not prepared.
+      UserError: an unknown name or option, a TFDS data set that is not prepared, or a corrupt record.
     """
-    name = config_data["name"]
+    name, choice = config_data["name"], config_data.get("corrupt", "stop")
+    corrupt.check(choice)
     options = dict(config_data.get("options") or {})
     if name.startswith(_TFDS):
         for option in options:
             if option != "domain":
                 raise unknown(f"option of the data set {name}", option, ["domain"])
-        return _tfds(name, config_data.get("data_dir") or None, **options)
+        return _tfds(name, config_data.get("data_dir") or None, choice, **options)
     if name not in SOURCES:
         raise unknown("data set", name, [*SOURCES, f"{_TFDS}NAME"])
     source = SOURCES[name]
@@ -240,7 +246,7 @@ def _synthetic(
     return _with_statistics("synthetic", make(examples), make(max(examples // 4, 1)), names)
 
 
-def _tfds(name: str, data_dir: str | None, domain: str = "") -> Dataset:
+def _tfds(name: str, data_dir: str | None, choice: str, domain: str = "") -> Dataset:
     """An image classification set that TFDS has prepared as ArrayRecord files: read without TensorFlow.
 
     ``domain`` names the feature that says where an example comes from; none where it is empty."""
@@ -248,10 +254,12 @@ def _tfds(name: str, data_dir: str | None, domain: str = "") -> Dataset:
     image, label = _image_and_label(name, builder.info)
     if domain:
         _check_domain_feature(name, builder.info, domain)
-    splits = [
-        _read(source, image, label, domain, builder.info.features[image].shape) for source in opened(name, builder)
-    ]
-    return _with_statistics(name, splits[0], splits[1], tuple(builder.info.features[label].names))
+    shape, classes = builder.info.features[image].shape, builder.info.features[label].num_classes
+    train, test = (
+        _read(source, image, label, domain, shape, classes, f"{name} {where}", choice)
+        for where, source in zip(("train", "test"), opened(name, builder), strict=True)
+    )
+    return _with_statistics(name, train, test, tuple(builder.info.features[label].names))
 
 
 def prepared(name: str, data_dir: str | None) -> Any:
@@ -264,14 +272,50 @@ def prepared(name: str, data_dir: str | None) -> Any:
 
     short = name.removeprefix(_TFDS)
     where = _place(data_dir)
+    if not _NAME.fullmatch(short):  # a namespace before it would fetch code of that community and run it
+        raise UserError(f"{name} is no name of a data set: write {_TFDS}NAME, {_TFDS}NAME/CONFIG or NAME:VERSION.")
+    _refuse_foreign_features(name, short, data_dir)
     try:
         builder = tfds.builder(short, data_dir=data_dir)
     except tfds.core.DatasetNotFoundError:
         raise UserError(f"unknown data set {name}: neither tensorflow-datasets nor {where} has {short!r}.") from None
+    except Exception as error:  # its files of JSON are read here
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")[:160]
+        raise UserError(f"data set {name} in {where} cannot be opened ({reason}); {_remedy(short)}.") from error
     # Asked first, since reading an absent data set would try to download it.
     if not builder.info.splits:
         raise UserError(f"data set {name} is not prepared in {where}; {_remedy(short)}.")
     return builder
+
+
+def _refuse_foreign_features(name: str, short: str, data_dir: str | None) -> None:
+    """Refuses a prepared set with features of other packages: TFDS would import whatever its files name."""
+    from tensorflow_datasets.core.utils import file_utils
+
+    for place in file_utils.list_data_dirs(given_data_dir=data_dir):
+        for path in (Path(place) / re.split("[/:]", short)[0]).glob("**/features.json"):
+            try:
+                named = _classes(parse_json(path.read_bytes()))
+            except (OSError, ValueError) as error:
+                raise UserError(f"{path} cannot be read ({error}): prepare {name} again.") from error
+            for kind in named:
+                if not kind.startswith("tensorflow_datasets.core.features."):
+                    raise UserError(f"{path} asks for the class {kind} to be run: prepare {name} again.")
+
+
+def _classes(features: Any) -> list[str]:
+    """Every class that a ``features.json`` names, at any depth."""
+    inner = features.values() if isinstance(features, dict) else features if isinstance(features, list) else ()
+    own = (
+        [features[key] for key in _CLASS_KEYS if isinstance(features.get(key), str)]
+        if isinstance(features, dict)
+        else []
+    )
+    return own + [kind for value in inner for kind in _classes(value)]
+
+
+_CLASS_KEYS = ("pythonClassName", "python_class_name", "type")
+_NAME = re.compile(r"[A-Za-z_]\w*(/(?!\.)[\w.+-]+)?(:[\d*]+(\.[\d*]+)*)?")
 
 
 def opened(name: str, builder: Any) -> list[Any]:
@@ -328,22 +372,77 @@ def _check_domain_feature(name: str, info: Any, domain: str) -> None:
         )
 
 
-def _read(source: Any, image: str, label: str, domain: str, shape: tuple[int, ...]) -> Split:
+def place_of(source: Any, index: int) -> str:
+    """The file of a TFDS split that an example is in, and its place there; for messages."""
+    for part in source.dataset_info.splits[source.split].file_instructions:
+        if index < part.take:
+            return f"record {part.skip + index} of {Path(part.filename).name}"
+        index -= part.take
+    return "beyond its files"
+
+
+def decoded(source: Any, index: int, what: str) -> Any:
+    """An example of a TFDS split, which messages call ``what``.
+
+    Raises:
+      UserError: its record cannot be read or decoded.
+    """
+    try:
+        return source[index]
+    except Exception as error:  # of ArrayRecord, protocol buffers, TFDS or the decoder of pictures
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")[:160]
+        raise UserError(
+            f"example {index} of {what} ({place_of(source, index)}) cannot be decoded ({reason}): {REMEDY}."
+        ) from error
+
+
+REMEDY = "prepare the data set again, or set data.corrupt to skip"
+
+
+def _read(
+    source: Any, image: str, label: str, domain: str, shape: tuple[int, ...], classes: int, what: str, choice: str
+) -> Split:
     """Decodes a whole split into memory; decoding releases Python's lock, so that threads share the work."""
-    inputs = np.empty((len(source), *shape), np.uint8)
-    labels = np.empty(len(source), np.int32)
-    domains = np.empty(len(source), np.int32) if domain else None
+    count = len(source)
+    inputs = np.empty((count, *shape), np.uint8)
+    labels = np.empty(count, np.int32)
+    domains = np.empty(count, np.int32) if domain else None
 
-    def read(first: int) -> None:
-        ids = range(first, min(first + _CHUNK, len(source)))
-        for index, example in zip(ids, source.__getitems__(list(ids)), strict=True):
-            inputs[index], labels[index] = example[image], example[label]
-            if domains is not None:
-                domains[index] = example[domain]
+    def put(index: int, example: Any) -> None:
+        found, number = example[image], example[label]
+        if found.shape != shape or not UNLABELLED <= number < classes:
+            wrong = f"has label {number} of {classes} classes" if found.shape == shape else f"is of shape {found.shape}"
+            where = f"example {index} of {what} ({place_of(source, index)})"
+            raise UserError(f"{where} {wrong}, and its images are {shape}: {REMEDY}.")
+        inputs[index], labels[index] = found, number
+        if domains is not None:
+            domains[index] = example[domain]
 
+    def read(first: int) -> dict[int, str]:
+        """Reads a chunk, and says what is wrong with which of its examples."""
+        ids = range(first, min(first + _CHUNK, count))
+        try:
+            for index, example in zip(ids, source.__getitems__(list(ids)), strict=True):
+                put(index, example)
+            return {}
+        except Exception:  # one by one, to find which
+            faults = {}
+            for index in ids:
+                try:
+                    put(index, decoded(source, index, what))
+                except UserError as error:
+                    if choice != "skip":
+                        raise
+                    faults[index] = str(error)
+            return faults
+
+    faults: dict[int, str] = {}
     with ThreadPoolExecutor() as pool:
-        list(pool.map(read, range(0, len(source), _CHUNK)))
-    return Split(inputs, labels, domains)
+        for found in pool.map(read, range(0, count, _CHUNK)):
+            faults |= found
+    corrupt.tell([*faults.values()], count, what)
+    split = Split(inputs, labels, domains)
+    return take(split, np.setdiff1d(np.arange(count), [*faults])) if faults else split
 
 
 def _with_statistics(name: str, train: Split, test: Split, class_names: tuple[str, ...]) -> Dataset:

@@ -2,20 +2,21 @@
 
 import glob
 import hashlib
-import json
 import os
 import sysconfig
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from kdjax.data import chat, tokenizers
+from kdjax.data import chat, corrupt, tokenizers
 from kdjax.data.packing import Document, TextSplit, pack, target_mask
-from kdjax.data.sources import opened, prepared
+from kdjax.data.sources import decoded, opened, prepared
 from kdjax.data.tokenizers import Tokenizer
 from kdjax.errors import UserError, unknown
+from kdjax.untrusted import parse_json
 
 _TEXT, _JSONL, _TFDS = "text:", "jsonl:", "tfds:"
 _PROMPT = 64  # characters of a document without a prompt of its own
@@ -71,17 +72,20 @@ def load(config_data: Mapping[str, Any]) -> TextDataset:
 
     Args:
       config_data: ``name``, ``data_dir`` (of TFDS; and where relative globs begin), ``options``, ``tokenizer``
-        (``bytes`` or a path), ``context`` (targets of a window) and ``packing`` (``split`` or ``whole``).
+        (``bytes`` or a path), ``context`` (targets of a window), ``packing`` (``split`` or ``whole``) and ``corrupt``
+        (``stop`` or ``skip``: whether what cannot be read, a file, a line or an example, is left out).
 
     Raises:
       UserError: an unknown name or option, files that are not there, empty or not in UTF-8, lines that are not what
         they should be, a split without documents, or whatever ``tokenizers.load`` and ``packing.pack`` refuse.
     """
     name, data_dir = config_data["name"], config_data.get("data_dir") or ""
+    choice = config_data.get("corrupt", "stop")
+    corrupt.check(choice)
     options = dict(config_data.get("options") or {})
     longer = options.pop("longer", "refuse")
     tokenizer = tokenizers.load(config_data["tokenizer"])
-    train, test = _sources(name, data_dir, options, tokenizer)
+    train, test = _sources(name, data_dir, options, tokenizer, choice)
     packed = {}
     for where, sources in (("train", train), ("test", test)):
         if not sources:
@@ -122,7 +126,7 @@ def target_bytes(split: TextSplit) -> int:
 
 
 def _sources(
-    name: str, data_dir: str, options: dict[str, Any], tokenizer: Tokenizer
+    name: str, data_dir: str, options: dict[str, Any], tokenizer: Tokenizer, choice: str
 ) -> tuple[list[Source], list[Source]]:
     """The documents for training and those for testing."""
     for prefix, read in _READERS.items():
@@ -131,12 +135,12 @@ def _sources(
             for option in options:
                 if option not in valid:
                     raise unknown(f"option of the text {name}", option, [*valid, "longer"])
-            return read(name, data_dir, tokenizer, **options)
+            return read(name, data_dir, tokenizer, choice, **options)
     raise unknown("text", name, ["stdlib", "text:FILES", "jsonl:FILES", "tfds:NAME"])
 
 
 def _stdlib(
-    name: str, data_dir: str, tokenizer: Tokenizer, *, modules: str = "*.py", files: int = 0
+    name: str, data_dir: str, tokenizer: Tokenizer, choice: str, *, modules: str = "*.py", files: int = 0
 ) -> tuple[list[Source], list[Source]]:
     root = Path(sysconfig.get_path("stdlib"))
     if files < 0:
@@ -158,16 +162,24 @@ def _stdlib(
     return _by_digest(sources)
 
 
-def _text(name: str, data_dir: str, tokenizer: Tokenizer, *, test: str = "") -> tuple[list[Source], list[Source]]:
+def _text(
+    name: str, data_dir: str, tokenizer: Tokenizer, choice: str, *, test: str = ""
+) -> tuple[list[Source], list[Source]]:
     train_files, test_files = _files(name.removeprefix(_TEXT), test, data_dir)
+
+    def read(path: Path, number: int) -> Source:
+        return _filled(Source(str(path), _decoded(path.read_bytes(), str(path))), number)
+
     train, held_out = (
-        [_filled(Source(str(path), _read(path)), number) for number, path in enumerate(files)]
+        corrupt.readable([partial(read, path, number) for number, path in enumerate(files)], choice, name)
         for files in (train_files, test_files)
     )
     if test:
         return train, held_out
-    if len(train) > 1:
+    if len(train_files) > 1:
         return _by_digest(train, lambda source: Path(source.name).name)
+    if not train:
+        return [], []
     text = train[0].text
     goal = len(text) * 9 // 10
     cut = text.find("\n", goal - 1) + 1
@@ -185,6 +197,7 @@ def _jsonl(
     name: str,
     data_dir: str,
     tokenizer: Tokenizer,
+    choice: str,
     *,
     text: str = "",
     messages: str = "",
@@ -197,20 +210,34 @@ def _jsonl(
     given = {"text": text, "messages": messages, "prompt": prompt, "completion": completion}
     fields: dict[str, str] = {}
 
-    def read(files: Sequence[Path]) -> Iterator[Source]:
-        number = 0
-        for path in files:
-            for where, line in _lines(path):
-                if not fields:
-                    fields.update(_fields(given, line, where))
-                yield _filled(_from_line(line, where, fields, separator, tokenizer), number)
-                number += 1
+    def read(content: bytes, where: str, number: int) -> Source:
+        line = _object(content, where)
+        if not fields:
+            try:
+                fields.update(_fields(given, line, where))
+            except UserError as error:  # the config's, not this line's
+                raise _WrongFields from error
+        return _filled(_from_line(line, where, fields, separator, tokenizer), number)
 
-    train, held_out = list(read(train_files)), list(read(test_files))
+    def readers(files: Sequence[Path]) -> Iterator[Callable[[], Source]]:
+        lines = (line for path in files for line in _lines(path))
+        return (partial(read, content, where, number) for number, (where, content) in enumerate(lines))
+
+    try:
+        train, held_out = (corrupt.readable(readers(files), choice, name) for files in (train_files, test_files))
+    except _WrongFields as error:
+        assert error.__cause__ is not None
+        raise error.__cause__ from None
     return (train, held_out) if test else _by_digest(train, lambda source: Path(source.name).name)
 
 
-def _tfds(name: str, data_dir: str, tokenizer: Tokenizer, *, text: str = "text") -> tuple[list[Source], list[Source]]:
+class _WrongFields(Exception):
+    """The options name fields that lines do not have."""
+
+
+def _tfds(
+    name: str, data_dir: str, tokenizer: Tokenizer, choice: str, *, text: str = "text"
+) -> tuple[list[Source], list[Source]]:
     import tensorflow_datasets as tfds
 
     builder = prepared(name, data_dir or None)
@@ -220,12 +247,14 @@ def _tfds(name: str, data_dir: str, tokenizer: Tokenizer, *, text: str = "text")
         raise UserError(f"data.options.text={text!r}: that feature of {name} is not text.")
     both = []
     for split, examples in zip(("train", "test"), opened(name, builder), strict=True):
-        sources = []
-        for number, example in enumerate(examples):
-            value = example[text]
-            value = _decoded(value, f"{name} {split}:{number}") if isinstance(value, bytes) else str(value)
-            sources.append(_filled(Source(f"{name} {split}:{number}", value), number))
-        both.append(sources)
+
+        def read(number: int, split: str = split, examples: Any = examples) -> Source:
+            where = f"{name} {split}:{number}"
+            value = decoded(examples, number, f"{name} {split}")[text]
+            value = _decoded(value, where) if isinstance(value, bytes) else str(value)
+            return _filled(Source(where, value), number)
+
+        both.append(corrupt.readable([partial(read, number) for number in range(len(examples))], choice, name))
     return both[0], both[1]
 
 
@@ -253,10 +282,6 @@ def _files(pattern: str, test: str, data_dir: str) -> tuple[list[Path], list[Pat
     return [path for path in matching(pattern, "data.name: ") if path not in test_files], test_files
 
 
-def _read(path: Path) -> str:
-    return _decoded(path.read_bytes(), str(path))
-
-
 def _decoded(content: bytes, where: str) -> str:
     try:
         return content.decode()
@@ -272,19 +297,22 @@ def _filled(source: Source, number: int) -> Source:
     return source
 
 
-def _lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Where each line is, and its object; blank lines are passed over."""
-    for number, line in enumerate(_read(path).split("\n"), 1):
-        if not line.strip():
-            continue
-        where = f"{path}:{number}"
-        try:
-            content = json.loads(line)
-        except ValueError as error:
-            raise UserError(f"{where} is not JSON ({error}): write one object per line.") from error
-        if not isinstance(content, dict):
-            raise UserError(f"{where} holds a {type(content).__name__} and not an object: write one object per line.")
-        yield where, content
+def _lines(path: Path) -> Iterator[tuple[str, bytes]]:
+    """Where each line is, and what it holds; blank lines are passed over."""
+    for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
+        if line.strip():
+            yield f"{path}:{number}", line
+
+
+def _object(line: bytes, where: str) -> dict[str, Any]:
+    text = _decoded(line, where)
+    try:
+        content = parse_json(text)
+    except ValueError as error:
+        raise UserError(f"{where} is not JSON ({error}): write one object per line.") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{where} holds a {type(content).__name__} and not an object: write one object per line.")
+    return content
 
 
 def _fields(given: Mapping[str, str], line: Mapping[str, Any], where: str) -> dict[str, str]:

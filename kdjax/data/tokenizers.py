@@ -10,11 +10,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kdjax.errors import UserError
+from kdjax.untrusted import inside, parse_json
 
 BYTES = "bytes"  # the name of the tokenizer that needs no file
 END_OF_TEXT = "<|endoftext|>"
 # Where a folder says its special tokens, the tokenizer's own files before those of the model.
 _BY_TOKEN = ("tokenizer_config.json", "special_tokens_map.json")
+_MOST_IDS = 2**24  # beyond, a table of embeddings would fill any memory
 _BY_ID = ("generation_config.json", "config.json")
 
 
@@ -64,7 +66,7 @@ def load(place: str | Path) -> Tokenizer:
     if str(place) == BYTES:
         return _byte_tokenizer()
     folder = folder_of(place)
-    path = folder / "tokenizer.json" if Path(place).is_dir() else Path(place)
+    path = inside(folder, "tokenizer.json") if Path(place).is_dir() else Path(place)
     if not path.is_file():
         raise UserError(
             f"no tokenizer at {place}: give {BYTES!r}, the path of a tokenizer.json, or a folder that has one."
@@ -193,16 +195,21 @@ def _byte_characters() -> list[str]:
 
 def _from_file(name: str, path: Path, folder: Path) -> Tokenizer:
     backend = _tokenizers()
-    settings = {file: _json(folder / file) for file in (*_BY_TOKEN, *_BY_ID)}
+    settings = {file: _json(inside(folder, file)) for file in (*_BY_TOKEN, *_BY_ID)}
     content = _json(path)
     # A file may say how its last user padded or cut batches; neither belongs to the ids of a text.
     content = {**content, "truncation": None, "padding": None}
     try:
         tokenizer = backend.Tokenizer.from_str(json.dumps(content))
-    except Exception as error:  # tokenizers raises plain Exception
+        vocabulary = tokenizer.get_vocab(with_added_tokens=True)
+        whole = tokenizer.encode("a", add_special_tokens=True)
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # tokenizers raises plain Exception, or panics, which is none
         raise UserError(f"{path} is not a tokenizer.json that the package tokenizers reads: {error}.") from error
-    vocabulary = tokenizer.get_vocab(with_added_tokens=True)
     tokens = {id_: token for token, id_ in vocabulary.items()}
+    if not tokens or max(tokens) >= _MOST_IDS:
+        raise UserError(f"{path} has no tokens with ids below {_MOST_IDS:,} alone: copy it anew.")
     special = _special_tokens(settings)
     eos = _end_of_text(special, settings, vocabulary, tokens)
     if eos is None:
@@ -210,7 +217,7 @@ def _from_file(name: str, path: Path, folder: Path) -> Tokenizer:
             f"nothing beside {path} says which token ends a text: name one of its tokens as eos_token in "
             "tokenizer_config.json."
         )
-    bos = _first_token(tokenizer, special, settings, vocabulary)
+    bos = _first_token(whole, special, settings, vocabulary)
     special.setdefault("eos_token", tokens[eos])
     if bos is not None:
         special.setdefault("bos_token", tokens[bos])
@@ -272,13 +279,13 @@ def _end_of_text(
     for file in _BY_ID:
         given = settings[file].get("eos_token_id")
         for number in given if isinstance(given, list) else [given]:
-            if number in tokens:
+            if type(number) is int and number in tokens:
                 return number
     return None
 
 
 def _first_token(
-    tokenizer: Any,
+    whole: Any,
     special: Mapping[str, str],
     settings: Mapping[str, Mapping[str, Any]],
     vocabulary: Mapping[str, int],
@@ -288,7 +295,6 @@ def _first_token(
     Not every model that names a ``bos_token`` was trained with one before its texts (GPT-2 and Qwen were not): what
     counts is ``add_bos_token`` or, where that is not said, what the tokenizer itself does.
     """
-    whole = tokenizer.encode("a", add_special_tokens=True)
     own = whole.ids[0] if whole.special_tokens_mask[:1] == [1] else None
     if settings["tokenizer_config.json"].get("add_bos_token", own is not None):
         return vocabulary.get(special.get("bos_token", ""), own)
@@ -296,13 +302,18 @@ def _first_token(
 
 
 def _chat_template(settings: Mapping[str, Any], folder: Path) -> str | None:
-    file = folder / "chat_template.jinja"
+    file = inside(folder, "chat_template.jinja")
     if file.is_file():
-        return file.read_text(encoding="utf-8")
+        try:
+            return file.read_text(encoding="utf-8")
+        except (OSError, ValueError) as error:
+            raise UserError(f"{file} cannot be read as UTF-8 ({error}): copy it anew.") from error
     given = settings.get("chat_template")
-    if isinstance(given, list):
-        named = {entry["name"]: entry["template"] for entry in given}
-        return named.get("default")
+    if isinstance(given, list):  # several, each with its name
+        named = [entry for entry in given if isinstance(entry, Mapping) and entry.get("name") == "default"]
+        given = named[-1].get("template") if named else None
+    if not isinstance(given, str | None):
+        raise UserError(f"the chat_template of {folder / 'tokenizer_config.json'} is not text: copy it anew.")
     return given
 
 
@@ -311,7 +322,7 @@ def _json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = parse_json(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise UserError(f"{path} is not JSON in UTF-8 ({error}): copy it anew.") from error
     if not isinstance(content, dict):

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import kdjax
 from kdjax.errors import UserError
+from kdjax.untrusted import inside, parse_json
 from kdjax.writers import write_atomic
 
 MANIFEST, CARD, CARD_JSON = "manifest.json", "card.md", "card.json"
@@ -100,7 +101,7 @@ def read(folder: str | Path) -> Artefact:
     folder = Path(folder)
     path = folder / MANIFEST
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
+        manifest = parse_json(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise UserError(
             f"{folder} is no artefact of kdjax, for it has no {MANIFEST}: make one with kdjax export."
@@ -130,14 +131,13 @@ def _check(path: Path, manifest: Any) -> None:
     for key in (*KEYS, "files"):
         if key not in manifest:
             raise UserError(f"{path} has no {key!r}: export the model again.")
-    if not isinstance(manifest["files"], dict) or manifest["model"] not in manifest["files"]:
-        raise UserError(f"{path} does not list its model {manifest['model']!r} among its files: export it again.")
+    files, model = manifest["files"], manifest["model"]
+    if not isinstance(files, dict) or not isinstance(model, str) or model not in files:
+        raise UserError(f"{path} does not list its model {model!r} among its files: export it again.")
 
 
 def _check_file(folder: Path, name: str, expected: str) -> None:
-    path = folder / name
-    if not path.resolve().is_relative_to(folder.resolve()):
-        raise UserError(f"{folder / MANIFEST} names the file {name!r}, which lies outside: do not use this artefact.")
+    path = inside(folder, name)
     if not path.is_file():
         raise UserError(f"{path} is missing: copy the whole folder, or export the model again.")
     if sha256(path) != expected:

@@ -3,11 +3,11 @@
 Pure functions of facts; whatever a user wrote is escaped.
 """
 
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from kdjax import results as contract
+from kdjax.untrusted import markdown as _text
 
 SCHEMA = 1
 _LABELS_SHOWN = 20
@@ -182,9 +182,3 @@ def _numbers(values: Sequence[float]) -> str:
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def _text(value: Any) -> str:
-    """Plain text in Markdown: one line, in which nothing is markup or HTML."""
-    line = " ".join(str(value).split())
-    return re.sub(r"([\\`*_{}\[\]()#|<>~!&$])", r"\\\1", line)

@@ -12,6 +12,7 @@ from flax.traverse_util import empty_node, flatten_dict, unflatten_dict
 
 from kdjax.errors import UserError
 from kdjax.model import Variables
+from kdjax.untrusted import parse_json
 
 LAYOUT = "kdjax"  # in the file's metadata, so that another file is not taken for one of ours
 
@@ -51,7 +52,11 @@ def load(path: Path) -> Variables:
         raise UserError(f"{path} cannot be read as safetensors ({error}): export the model again.") from error
     if metadata.get("layout") != LAYOUT:
         raise UserError(f"{path} is not in kdjax's own layout: load a decoder with kdjax.huggingface.load.")
-    return unflatten_dict({**arrays, **dict.fromkeys(json.loads(metadata["empty"]), empty_node)}, sep="/")
+    try:
+        empty = dict.fromkeys(parse_json(metadata["empty"]), empty_node)
+        return unflatten_dict({**arrays, **empty}, sep="/")
+    except (KeyError, ValueError, TypeError, AttributeError) as error:  # names that are not there, or no tree
+        raise UserError(f"{path} is damaged, for its metadata do not go with its arrays: export it again.") from error
 
 
 def _library() -> Any:

@@ -1,6 +1,7 @@
 """What a ``config.json`` says of a decoder, what it must not say, and what the tensors of its files are called."""
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,6 +11,7 @@ import jax
 from kdjax.errors import UserError, unknown
 from kdjax.model import flatten_paths
 from kdjax.models.decoder import DecoderConfig, RopeScaling, make_decoder
+from kdjax.untrusted import inside, parse_json
 
 
 class Architecture(NamedTuple):
@@ -36,6 +38,17 @@ SIZES = {
     "heads": "num_attention_heads",
     "mlp_width": "intermediate_size",
     "context": "max_position_embeddings",
+}
+
+# A size beyond these, by which the shapes of arrays could not even be reckoned, is damage; of others, beyond 2^20.
+_LARGEST = {
+    "vocab_size": 2**24,
+    "num_hidden_layers": 2**12,
+    "num_attention_heads": 2**12,
+    "num_key_value_heads": 2**12,
+    "head_dim": 2**16,
+    "max_position_embeddings": 2**31,
+    "original_max_position_embeddings": 2**31,
 }
 
 _LAYER = "model.layers.{}."
@@ -98,10 +111,11 @@ def read_config(folder: str | Path) -> DecoderConfig:
       UserError: no readable ``config.json``; an architecture not in :data:`ARCHITECTURES`; a size that is missing or no
         whole number; or a choice, such as another kind of rotary scaling, that this decoder would silently ignore.
     """
-    path = Path(folder) / "config.json"
+    path = inside(folder, "config.json")
     data = read_json(path, "name the folder of a model in Hugging Face's format")
-    name = next(iter(data.get("architectures") or ()), None)
-    if name is None:
+    names = data.get("architectures")
+    name = names[0] if isinstance(names, list) and names else None
+    if not isinstance(name, str):
         raise UserError(f"{path} names no architecture: it needs one of {', '.join(sorted(ARCHITECTURES))}.")
     if name not in ARCHITECTURES:
         raise unknown(f"architecture (in {path})", name, ARCHITECTURES)
@@ -184,7 +198,7 @@ def written_config(config: DecoderConfig, architecture: str) -> dict[str, Any]:
 def read_json(path: Path, remedy: str) -> dict[str, Any]:
     """A JSON object from a file; raises a UserError where there is none."""
     try:
-        data = json.loads(path.read_bytes())
+        data = parse_json(path.read_bytes())
     except OSError as error:
         raise UserError(f"cannot read {path} ({error.strerror or error}): {remedy}.") from error
     except ValueError as error:
@@ -196,11 +210,11 @@ def read_json(path: Path, remedy: str) -> dict[str, Any]:
 
 def _refuse(data: Mapping[str, Any], family: Architecture, path: Path) -> None:
     """Raises a UserError where the file asks for what the decoder does not do."""
-    layer_types = set(data.get("layer_types") or ()) - {"full_attention"}
+    layer_types = data.get("layer_types") or []
     asked = {
         "quantization_config": bool(data.get("quantization_config")),
         "use_sliding_window": bool(data.get("use_sliding_window")),
-        "layer_types": bool(layer_types),
+        "layer_types": not isinstance(layer_types, list) or any(kind != "full_attention" for kind in layer_types),
         "attention_bias": bool(data.get("attention_bias")) and family.optional_bias,
         "mlp_bias": bool(data.get("mlp_bias")),
         "hidden_act": data.get("hidden_act", "silu") != "silu",
@@ -243,6 +257,8 @@ def _whole(data: Mapping[str, Any], key: str, path: Path, default: int | None = 
     value = _number(data, key, path, default)
     if value != int(value):
         raise UserError(f"{path} has {key}={value}: it must be a whole number.")
+    if abs(value) > _LARGEST.get(key, 2**20):
+        raise UserError(f"{path} has {key}={value}, which no model has: download it again.")
     return int(value)
 
 
@@ -250,6 +266,6 @@ def _number(data: Mapping[str, Any], key: str, path: Path, default: float | None
     value = default if data.get(key) is None else data[key]
     if value is None:
         raise UserError(f"{path} has no {key!r}: download it again.")
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < math.inf:
         raise UserError(f"{path} has {key}={json.dumps(value)}: it must be a number.")
     return value

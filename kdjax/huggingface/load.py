@@ -14,6 +14,7 @@ from kdjax.errors import UserError
 from kdjax.huggingface.config import Leaf, leaves, read_json
 from kdjax.model import Variables, path_name
 from kdjax.models.decoder import DecoderConfig, make_decoder
+from kdjax.untrusted import inside
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 FLOATS = ("F64", "F32", "F16", "BF16")
@@ -98,12 +99,15 @@ def _open(folder: Path, files: contextlib.ExitStack) -> dict[str, _Tensor]:
         raise UserError("reading models needs safetensors: run pip install 'kdjax[text]'.") from error
     index: Mapping[str, str] = {}
     if (folder / SINGLE).exists():  # which transformers prefers, too
-        paths = [folder / SINGLE]
+        names = [SINGLE]
     elif (folder / INDEX).exists():
-        index = read_json(folder / INDEX, "download it again").get("weight_map") or {}
-        paths = [folder / name for name in sorted(set(index.values()))]
+        index = read_json(inside(folder, INDEX), "download it again").get("weight_map") or {}
+        if not isinstance(index, dict) or not all(isinstance(name, str) for name in index.values()):
+            raise UserError(f"the weight_map of {folder / INDEX} does not map tensors to files: download it again.")
+        names = sorted(set(index.values()))
     else:
-        paths = sorted(folder.glob("*.safetensors"))
+        names = sorted(path.name for path in folder.glob("*.safetensors"))
+    paths = [inside(folder, name) for name in names]
     if not paths:
         raise UserError(
             f"no *.safetensors in {folder}: name the folder of a model in Hugging Face's format, or save it in "

@@ -14,6 +14,7 @@ from kdjax.huggingface.config import Leaf, architecture_of, leaves, written_conf
 from kdjax.huggingface.load import INDEX, SINGLE
 from kdjax.model import Variables, flatten_paths
 from kdjax.models.decoder import DecoderConfig
+from kdjax.untrusted import inside
 
 DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}  # by NumPy's name: safetensors' name
 TOKENISER_FILES = (
@@ -162,7 +163,8 @@ def _size(tensor: _Tensor, dtype: np.dtype) -> int:
 
 
 def _tokenizer_files(folder: Path) -> list[Path]:
-    found = [folder / name for name in TOKENISER_FILES if (folder / name).is_file()]
+    # What a link leads to would be handed over with the model.
+    found = [inside(folder, name) for name in TOKENISER_FILES if (folder / name).is_file()]
     if not found:
         raise UserError(f"no tokenizer in {folder}: it should have one of {', '.join(TOKENISER_FILES)}.")
     return found

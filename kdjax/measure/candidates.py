@@ -7,9 +7,14 @@ from typing import Any, NamedTuple
 
 from kdjax.errors import UserError, unknown
 from kdjax.export import artefact
+from kdjax.untrusted import inside
 
-SUFFIXES = {".onnx": "onnxruntime", ".pt": "torch", ".pt2": "torch", ".tflite": "litert"}  # of files from elsewhere
+SUFFIXES = {".onnx": "onnxruntime", ".pt": "torch", ".tflite": "litert"}  # of files from elsewhere
 WAYS = ("nchw", "scaled", "normalised")  # how such a file may want its inputs
+
+
+# Of a manifest, what is computed with.
+_KINDS = {"format": str, "arm": str, "params": int, "weights_bytes": int, "file_bytes": int, "data": dict}
 
 
 class Candidate(NamedTuple):
@@ -64,7 +69,10 @@ def weigh(candidate: Candidate) -> tuple[int | None, int]:
     ]
     tensors = [*graph.initializer, *constants]
     beside = {e.value for t in tensors if uses_external_data(t) for e in t.external_data if e.key == "location"}
-    size += sum((candidate.model.parent / name).stat().st_size for name in beside)
+    try:
+        size += sum(inside(candidate.model.parent, name).stat().st_size for name in beside)
+    except OSError as error:
+        raise UserError(f"{error.filename}, which {candidate.model} names, is missing: copy it beside.") from error
     return sum(_bytes(onnx, tensor) for tensor in tensors), size
 
 
@@ -84,11 +92,18 @@ def _read(word: str) -> Candidate:
     if Path(place).is_dir():
         found = artefact.read(place)
         manifest = found.manifest
+        for key, kind in _KINDS.items():
+            if type(manifest[key]) is not kind:
+                raise UserError(
+                    f"{found.folder / artefact.MANIFEST} has a {key} that is no {kind.__name__}: export again."
+                )
         if manifest["runtime"] is None:
             raise UserError(
                 f"{place} holds weights in the format {manifest['format']}, which no runtime runs: export it with "
                 "--format onnx as well, and measure that."
             )
+        if manifest["runtime"] == "jax":
+            _refuse_calls(found.model)
         if ways:
             raise UserError(f"{word}: an artefact of kdjax prepares its inputs itself: leave out :{','.join(ways)}.")
         return Candidate(
@@ -99,10 +114,29 @@ def _read(word: str) -> Candidate:
         raise UserError(f"there is no model at {place}: give a folder of kdjax export, or a file ({_kinds()}).")
     if path.suffix.lower() not in SUFFIXES:
         raise UserError(
-            f"{place} is no kind of model file that can be measured: give one of {_kinds()}; weights that are pickled "
-            "need code to run, so save the module with torch.export or torch.jit."
+            f"{place} is no kind of model file that can be measured: give one of {_kinds()}; what is pickled (also by "
+            "torch.export.save) may run anything as it is read, so save the module with torch.onnx or torch.jit."
         )
     return Candidate(name or path.stem, place, path, SUFFIXES[path.suffix.lower()], ways)
+
+
+def _refuse_calls(path: Path) -> None:
+    """Refuses a serialised ``jax.export`` that calls what is no StableHLO: such a call names a function of the process,
+    or an address in it. Here and not in the worker, whose memory is measured."""
+    from jax import export
+
+    try:
+        program = export.deserialize(bytearray(path.read_bytes())).mlir_module()
+    except Exception as error:  # the reader has errors of its own
+        raise UserError(f"{path} cannot be read by jax ({error}): export the model again.") from error
+    called = {name.strip('"') for name in re.findall(r'custom_call\s*@("[^"]*"|[\w.$-]+)', program)}
+    # The generic form of the text, which nothing above should leave, has the name as an attribute.
+    called |= set(re.findall(r'call_target_name\s*=\s*"([^"]*)"', program))
+    if foreign := sorted(called - _CALLS):
+        raise UserError(f"{path} calls {foreign[0]!r}, which is no StableHLO: export the model again without it.")
+
+
+_CALLS = {"shape_assertion", "Sharding"}  # which JAX itself checks and takes away
 
 
 def _split(word: str) -> tuple[str, str, tuple[str, ...]]:

@@ -92,6 +92,7 @@ def environment(threads: int) -> dict[str, str]:
         "XLA_FLAGS": serial,
         "JAX_PLATFORMS": "cpu",
         "TF_CPP_MIN_LOG_LEVEL": "2",
+        "PYTHONSAFEPATH": "1",  # so that a module in the folder that kdjax is called in, with the models, is not run
         "PYTHONPATH": os.pathsep.join(paths),
     }
 

@@ -17,6 +17,7 @@ from kdjax.measure import machine
 from kdjax.measure import results as contract
 from kdjax.report_plots import HEX, draw_svg
 from kdjax.results import bytes_text
+from kdjax.untrusted import terminal
 from kdjax.writers import write_atomic
 
 COLORS = ("teacher", "student_distilled", "student_alone", "s3", "s4", "s5")  # of the reference, then of the others
@@ -39,10 +40,11 @@ def write_report(path: str | os.PathLike[str], found: Mapping[str, Any]) -> None
 
 def table(found: Mapping[str, Any]) -> Table:
     """One row per quantity, one column per model, with its ratio to the reference below; the verdicts beneath."""
-    shown = Table(caption="\n".join([headline(found), *remarks(found)]), caption_justify="left")
+    caption = terminal("\n".join([headline(found), *remarks(found)]), "table.caption")
+    shown = Table(caption=caption, caption_justify="left")
     shown.add_column("")
     for name in found["models"]:
-        shown.add_column(name, justify="right")
+        shown.add_column(terminal(name), justify="right")
     for label, cells in rows(found):
         shown.add_row(label, *(f"{text}\n[dim]{ratio}[/dim]" if ratio else text for text, ratio in cells))
     return shown

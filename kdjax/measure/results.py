@@ -164,11 +164,11 @@ def validate(found: Any) -> None:
         raise wrong("measure.machine.quiet", "true without causes and false with some", machine["quiet"])
     for key in ("others", "elsewhere", "steal", "busy_before"):
         _check_or_none(f"measure.machine.{key}", machine[key], 1.0)
-    models = found["models"]
-    if not isinstance(models, dict) or found["reference"] not in models:
+    models, reference = found["models"], found["reference"]
+    if not isinstance(models, dict) or not isinstance(reference, str) or reference not in models:
         raise wrong("measure.models", "an object that holds measure.reference", models)
     for name, entry in models.items():
-        _check_model(f"measure.models.{name}", entry, name == found["reference"])
+        _check_model(f"measure.models.{name}", entry, name == reference)
 
 
 def _check_model(path: str, entry: Any, is_reference: bool) -> None:

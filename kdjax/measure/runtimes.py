@@ -6,7 +6,9 @@ Nothing here imports JAX, nor any runtime but the one that is asked for: what a 
 import contextlib
 import importlib
 import importlib.util
+import re
 import warnings
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -53,7 +55,7 @@ def open_model(path: Path, runtime: str, *, threads: int = 1) -> Runner:
     Args:
       path: the file.
       runtime: one of ``RUNTIMES``: "onnxruntime", "jax" (a serialised ``jax.export``), "litert", or "torch"
-        (``torch.jit`` or, where the name ends in ``.pt2``, ``torch.export``).
+        (``torch.jit``; what ``torch.export`` saves cannot be opened without unpickling it).
       threads: how many the runtime computes with. JAX has no such setting: it takes as many as the process may use
         cores when it starts.
 
@@ -187,35 +189,40 @@ def _torch(path: Path, threads: int) -> Runner:
     torch.set_num_threads(threads)
     with contextlib.suppress(RuntimeError):  # can be set once, before anything was computed
         torch.set_num_interop_threads(1)
-    shape: Shape | None = None
-    dtype = ""
+    _refuse_file_access(path)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch.jit is deprecated, and still what many have
-        if path.suffix == ".pt2":
-            program = torch.export.load(str(path))
-            module, tensors = program.module(), [*program.state_dict.values(), *program.constants.values()]
-            taken = [node.meta["val"] for node in program.graph.nodes if node.name in _user_inputs(program)]
-            if len(taken) == 1:
-                shape = tuple(
-                    size if isinstance(size, int) else _dimension(str(size), i) for i, size in enumerate(taken[0].shape)
-                )
-                dtype = str(taken[0].dtype).removeprefix("torch.")
-        else:
-            # Reads TorchScript alone: a pickled module, which could run anything, is refused.
-            module = torch.jit.load(str(path), map_location="cpu")
-            module.eval()
-            tensors = [*module.parameters(), *module.buffers()]
+        # Reads TorchScript alone: a pickled module, which could run anything, is refused.
+        module = torch.jit.load(str(path), map_location="cpu")
+    module.eval()
+    tensors = [*module.parameters(), *module.buffers()]
 
     def call(inputs: np.ndarray) -> np.ndarray:
         with torch.inference_mode():
             return module(torch.from_numpy(inputs)).float().numpy()
 
     weights = sum(tensor.numel() * tensor.element_size() for tensor in tensors if hasattr(tensor, "numel"))
-    return Runner(call, shape, dtype, weights)
+    return Runner(call, None, "", weights)
 
 
-def _user_inputs(program: Any) -> set[str]:
-    return {str(name) for name in program.graph_signature.user_inputs}
+def _refuse_file_access(path: Path) -> None:
+    """Refuses TorchScript that could read or write files, and operations of other packages, before any of it is run:
+    some of it runs while it is loaded."""
+    if not zipfile.is_zipfile(path):
+        return  # which torch.jit.load refuses
+    with zipfile.ZipFile(path) as file:
+        names = [name for name in file.namelist() if "/code/" in name and name.endswith(".py")]
+        if sum(file.getinfo(name).file_size for name in names) > _CODE_BYTES:
+            raise UserError(f"{path} has more code than a model has: do not use this file.")
+        for name in names:
+            if found := _FILE_ACCESS.search(file.read(name).decode("utf-8", "replace")):
+                raise UserError(f"{path} calls {found.group()!r}, which no model needs: do not use this file.")
+
+
+_CODE_BYTES = 2**26
+# In the code of TorchScript: what opens files, and operations that are not PyTorch's own.
+_OWN = "aten|prim|quantized|mkldnn_prepacked"
+_FILE_ACCESS = re.compile(rf"\b(?:save|from_file|load_tensor)\b|\bops\.(?!(?:{_OWN})\b)\w+")
 
 
 RUNTIMES: dict[str, Runtime] = {

@@ -30,6 +30,7 @@ from kdjax.models.decoder import make_decoder
 from kdjax.recipes import compress, distill, export_card, score_classification
 from kdjax.step import make_predict
 from kdjax.tasks import language
+from kdjax.untrusted import inside
 from kdjax.writers import write_atomic
 
 Say = Callable[[str], None]
@@ -388,7 +389,7 @@ def _write_tokenizer(place: str, folder: Path) -> None:
         tokenizers.write_byte_tokenizer(folder)
         return
     for name in TOKENISER_FILES:
-        path = tokenizers.folder_of(place) / name
+        path = inside(tokenizers.folder_of(place), name)
         if path.is_file():
             shutil.copyfile(path, folder / name)
 

@@ -5,11 +5,13 @@ import sys
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
+from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 from PIL import Image
 
 from kdjax.data import sources
 from kdjax.data.sources import Dataset, Split
 from kdjax.errors import UserError
+from tests.helpers import digits
 
 
 def _arrays(n=20, dtype=np.uint8, classes=4):
@@ -202,6 +204,99 @@ def test_tfds_gives_the_feature_that_is_named_as_domain(tmp_path):
 def test_load_refuses_unknown_names(config, message):
     with pytest.raises(UserError, match=message):
         sources.load(config)
+
+
+class KdjaxTestDigits(tfds.core.GeneratorBasedBuilder):
+    """Some of scikit-learn's digits as pictures."""
+
+    VERSION = tfds.core.Version("1.0.0")
+
+    def _info(self):
+        features = {
+            "image": tfds.features.Image(shape=(8, 8, 1)),
+            "label": tfds.features.ClassLabel(num_classes=10),
+        }
+        return tfds.core.DatasetInfo(
+            builder=self, features=tfds.features.FeaturesDict(features), supervised_keys=("image", "label")
+        )
+
+    def _split_generators(self, dl_manager):
+        return {"train": self._generate_examples(digits().train, 40), "test": self._generate_examples(digits().test, 9)}
+
+    def _generate_examples(self, split, count):
+        for index in range(count):
+            picture = io.BytesIO()
+            Image.fromarray(split.inputs[index, ..., 0]).save(picture, "png")
+            picture.seek(0)
+            yield index, {"image": picture, "label": int(split.labels[index])}
+
+
+def _rewritten(path, changes):
+    """An ArrayRecord file in which some records are others."""
+    reader = ArrayRecordReader(str(path))
+    records = reader.read_all()
+    reader.close()
+    writer = ArrayRecordWriter(str(path), "group_size:1,uncompressed")
+    for index, record in enumerate(records):
+        writer.write(changes[index](record) if index in changes else record)
+    writer.close()
+
+
+def _other_picture(record):
+    """The same record with a picture of another shape in the place of its own, of as many bytes."""
+    begin, end = record.index(b"\x89PNG"), record.index(b"IEND") + 8
+    picture = io.BytesIO()
+    Image.new("L", (4, 4)).save(picture, "png")
+    return record[:begin] + picture.getvalue().ljust(end - begin, b"\0") + record[end:]
+
+
+def test_a_corrupt_record_is_named_or_left_out_and_counted(tmp_path, capsys):
+    KdjaxTestDigits(data_dir=tmp_path, file_format="array_record").download_and_prepare()
+    config = {"name": "tfds:kdjax_test_digits", "data_dir": str(tmp_path)}
+    capsys.readouterr()
+    whole = sources.load({**config, "corrupt": "skip"})
+    assert len(whole.train.labels) == 40 and capsys.readouterr().err == ""
+    (path,) = tmp_path.glob("**/*train*")
+    torn = lambda record: record[: record.index(b"IDAT") + 8] + b"\0" * 20 + record[record.index(b"IDAT") + 28 :]
+    _rewritten(path, {7: torn, 11: _other_picture, 30: torn, 31: lambda record: b"nonsense"})
+    with pytest.raises(UserError) as caught:
+        sources.load(config)
+    said = str(caught.value)
+    assert "example 7 of tfds:kdjax_test_digits train (record 7 of kdjax_test_digits-train.array_record-0" in said
+    assert "cannot be decoded" in said and "set data.corrupt to skip" in said and said.count(". ") == 0
+    left = sources.load({**config, "corrupt": "skip"})
+    said = capsys.readouterr().err
+    assert said.startswith("kdjax: data.corrupt=skip left out 4 of the 40 records of tfds:kdjax_test_digits train: ")
+    assert (
+        "example 11 of" in said and "is of shape (4, 4, 1)" in said and said.count("\n") == 1 and "(and 1 more)" in said
+    )
+    kept = [index for index in range(40) if index not in (7, 11, 30, 31)]
+    np.testing.assert_array_equal(left.train.inputs, whole.train.inputs[kept])
+    np.testing.assert_array_equal(left.train.labels, whole.train.labels[kept])
+    np.testing.assert_array_equal(left.test.inputs, whole.test.inputs)
+    with pytest.raises(UserError, match=r"unknown data\.corrupt 'skipp': did you mean 'skip'"):
+        sources.load({**config, "corrupt": "skipp"})
+
+
+def test_a_broken_file_of_a_set_is_named(tmp_path, capsys):
+    KdjaxTestDigits(data_dir=tmp_path, file_format="array_record").download_and_prepare()
+    config = {"name": "tfds:kdjax_test_digits", "data_dir": str(tmp_path)}
+    (path,) = tmp_path.glob("**/*train*")
+    _rewritten(path, {})
+    content = bytearray(path.read_bytes())
+    place = -1
+    for _ in range(20):
+        place = content.index(b"IDAT", place + 1)
+    content[place] ^= 1  # the checksum of ArrayRecord no longer fits
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=r"example 19 of tfds:kdjax_test_digits train \(record 19 of .*decoded"):
+        sources.load(config)
+    assert len(sources.load({**config, "corrupt": "skip"}).train.labels) == 39
+    path.write_bytes(content[:100])
+    with pytest.raises(UserError, match="kdjax_test_digits"):
+        sources.load(config)
+    with pytest.raises(UserError, match="train split of tfds:kdjax_test_digits is empty"):
+        sources.validate(sources.load({**config, "corrupt": "skip"}))
 
 
 def _broken(change):

@@ -271,6 +271,32 @@ def test_a_set_of_images_is_no_text(fashion_mnist_dir):
         text.load(_config("tfds:nothing_like_it", fashion_mnist_dir))
 
 
+def test_corrupt_lines_and_files_are_left_out_and_counted(tmp_path, capsys):
+    good = [json.dumps({"text": f"a line {number}"}).encode() for number in range(6)]
+    broken = [b'{"text": "torn', b'{"text": "caf\xe9"}', b'{"text": ""}', b"[" * 100_000, b'{"body": "other"}']
+    _write(tmp_path, **{"train.jsonl": b"\n".join([*broken[:1], *good, *broken[1:]]), "test.jsonl": good[0]})
+    config = _config("jsonl:train.jsonl", tmp_path, packing="whole", test="test.jsonl")
+    with pytest.raises(UserError, match=r"train\.jsonl:1 is not JSON"):
+        text.load(config)
+    dataset = text.load(config | {"corrupt": "skip"})
+    assert [whole for whole, _ in _documents(dataset.train, dataset.tokenizer)] == [f"a line {n}" for n in range(6)]
+    said = capsys.readouterr().err
+    assert said.startswith("kdjax: data.corrupt=skip left out 5 of the 11 records of jsonl:train.jsonl: ")
+    assert "train.jsonl:1 is not JSON" in said and "train.jsonl:8 is not UTF-8: byte 13 is 0xe9" in said
+    assert "(and 2 more)" in said
+    with pytest.raises(UserError, match="neither text, nor messages"):  # the options are wrong, not the lines
+        text.load(_config("jsonl:other.jsonl", tmp_path) | {"corrupt": "skip"} | _other(tmp_path))
+    _write(tmp_path, **{"a.txt": GOOD, "b.txt": b"caf\xe9", "c.txt": GOOD})
+    dataset = text.load(_config("text:*.txt", tmp_path, test="a.txt") | {"corrupt": "skip"})
+    assert _stream(dataset.train).tolist() == [*GOOD.encode(), 256]
+    assert "left out 1 of the 2 records of text:*.txt" in capsys.readouterr().err
+
+
+def _other(folder):
+    _write(folder, **{"other.jsonl": b'{"question": "a"}\n' * 3})
+    return {}
+
+
 GOOD = "text that is long enough for a window of sixteen\n"
 
 
