@@ -85,12 +85,14 @@ def page(run: Run) -> str:
             "Learning curves",
             lambda run: parts.curves(run.history, list(run.logits), accuracy="Test accuracy", log=True),
         ),
+        ("Gradients and updates", lambda run: parts.updates(run.history, list(run.logits))),
         ("Classes", _classes),
         ("Confusion", _confusion),
         ("Calibration", _calibration),
         ("Fidelity to the teacher", _fidelity),
         ("Cost", lambda run: parts.cost(run.results["arms"], of="example")),
         ("Schedules as run", lambda run: parts.schedules(run.history, list(run.logits))),
+        ("Speed of training", lambda run: parts.speed(run.history, list(run.logits))),
         ("Environment and config", lambda run: parts.details(run.results, run.config)),
     ]
     return ui.document(

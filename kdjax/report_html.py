@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from html import escape
 from typing import Any
 
+from kdjax.errors import visible
 from kdjax.results import ARMS
 
 CSS = """
@@ -59,6 +60,7 @@ figure svg { display: block; width: 100%; height: auto; }
   content: ""; display: inline-block; width: .62em; height: .62em; border-radius: 50%;
   background: var(--c); margin-right: .45em;
 }
+a { color: var(--student_distilled); }
 .note { color: var(--muted); font-size: 14px; margin: 14px 0 0; max-width: 80ch; }
 .scroll { overflow-x: auto; } .note + .scroll { margin-top: 14px; }
 table { border-collapse: collapse; width: 100%; font-size: 15px; font-variant-numeric: tabular-nums; }
@@ -193,9 +195,14 @@ def stack(label: str, parts: Sequence[tuple[str, float, str]]) -> str:
     return f'<div class="stack"><span>{escape(label)}</span><i>{cuts}</i><p class="legend">{keys}</p></div>'
 
 
-def arm_label(arm: str) -> str:
-    """The name of an arm with its colour."""
-    return f'<span class="key" style="--c:var(--{arm})">{ARMS[arm]}</span>'
+def arm_label(arm: str, color: str = "") -> str:
+    """The name of an arm with its colour, of the name that plots have for it; the arm's own without one."""
+    return f'<span class="key" style="--c:var(--{color or arm})">{escape(label(arm))}</span>'
+
+
+def label(arm: str) -> str:
+    """An arm's name for a person: "assistant_middle" -> "assistant middle"."""
+    return ARMS.get(arm, visible(arm.replace("_", " ")))
 
 
 def percent(share: float) -> str:

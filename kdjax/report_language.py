@@ -1,7 +1,6 @@
 """``report.html`` of a language run: one self-contained page, in the look and by the rules of ``report.py``."""
 
 import os
-import unicodedata
 from collections.abc import Mapping
 from html import escape
 from typing import Any
@@ -10,6 +9,7 @@ from kdjax import report_html as ui
 from kdjax import report_parts as parts
 from kdjax.report_parts import History
 from kdjax.results import ARMS, caveat, rows
+from kdjax.untrusted import visible
 from kdjax.writers import write_atomic
 
 _CSS = """
@@ -42,24 +42,16 @@ def page(results: Mapping[str, Any], config: Mapping[str, Any], history: History
     sections = [
         ("Results", _results(results)),
         ("Learning curves", parts.curves(history, arms, accuracy="Next-token accuracy, test text", log=False)),
+        ("Gradients and updates", parts.updates(history, arms)),
         ("Text samples", _samples(results)),
         ("Fidelity to the teacher", _fidelity(results)),
         ("Cost", parts.cost(results["arms"], of="window")),
         ("Schedules as run", parts.schedules(history, arms)),
+        ("Speed of training", parts.speed(history, arms)),
         ("Environment and config", parts.details(results, config)),
     ]
     header = parts.header(results, config, note=caveat(results), cards=_cards(results))
     return ui.document(parts.title(config), header, sections, _CSS)
-
-
-def visible(text: str) -> str:
-    """Text in which every character that a page cannot show, or that would change how the rest is shown, is a number.
-
-    Control and format characters, halves of surrogate pairs, and what is private or not a character become ``<U+202E>``
-    and the like; line breaks, tabs, spaces and the two joiners within the words of many scripts stay.
-    """
-    shown = lambda c: c.isprintable() or c in "\n\t\u200c\u200d" or unicodedata.category(c) == "Zs"
-    return "".join(c if shown(c) else f"<U+{ord(c):04X}>" for c in text)
 
 
 # -------------------------------------------------------------------------------------------------------- sections

@@ -9,13 +9,15 @@ from typing import Any
 
 import numpy as np
 
+from kdjax import progress, report_plots
 from kdjax import report_html as ui
-from kdjax import report_plots
+from kdjax.progress import History, Series, series
 from kdjax.results import ARMS, bytes_text, headline
 
-TERM_COLORS = ("s1", "s2", "s3", "s4", "s5")
+SERIES_COLORS = ("s1", "s2", "s3", "s4", "s5")
+CAUSE_COLORS = dict(zip(progress.CAUSES, ("s1", "s2", "s3", "s5", "s4", "muted", "bad"), strict=True))
+HPARAMS = "hparams/"  # what their keys in a series begin with
 Curve = tuple[str, str, Sequence[float], Sequence[float]]  # label, colour name, steps, values
-History = Sequence[Mapping[str, Any]]  # the records of metrics.jsonl
 
 
 def title(config: Mapping[str, Any]) -> str:
@@ -41,21 +43,61 @@ def header(results: Mapping[str, Any], config: Mapping[str, Any], *, note: str, 
 
 
 def curves(history: History, arms: Sequence[str], *, accuracy: str, log: bool) -> str:
-    """Loss, accuracy on the test set and terms of the loss of each arm over its steps.
+    """Loss, accuracy on the test set, agreement with the teacher and terms of the loss of each arm over its steps.
 
     ``accuracy`` is the title of its plot. ``log`` is for losses that go down by powers of ten; an axis of less than one
     has no labels.
     """
-    loss = [_curve(history, arm, "loss", ARMS[arm], arm) for arm in arms]
-    right = [_curve(history, arm, "eval_accuracy", ARMS[arm], arm) for arm in arms]
-    plots = _plot(loss, "Training loss", log=log) + _plot(right, accuracy, percent=True)
+    found, colors = series(history), colors_of(arms)
+    each = lambda key: [_curve(found, arm, key, ui.label(arm), colors[arm]) for arm in arms]
+    plots = _plot(each("loss"), "Training loss", log=log) + _plot(each("eval_accuracy"), accuracy, percent=True)
+    plots += _plot(each("agreement"), "Agreement with the teacher, training batches", percent=True)
     for arm in arms:
-        named = zip(_terms(history, arm), cycle(TERM_COLORS))
-        terms = [_curve(history, arm, term, term, color) for term, color in named]
+        terms = list(zip(_terms(found, arm), cycle(SERIES_COLORS)))
         if len(terms) > 1:
-            plots += _plot(terms, f"Terms of the loss before their weights, {ARMS[arm]}", log=log)
+            plain = [_curve(found, arm, term, term, color) for term, color in terms]
+            weighted = [_weighted(found, arm, term, color) for term, color in terms]
+            plots += _plot(plain, f"Terms of the loss before their weights, {ui.label(arm)}", log=log)
+            plots += _plot(weighted, f"Terms of the loss times their weights, {ui.label(arm)}", log=log)
+        plots += _of_members(found, arm)
     note = "Losses of different arms are sums of different terms: compare shapes, not heights."
     return plots and ui.grid(plots) + ui.note(note)
+
+
+def updates(history: History, arms: Sequence[str]) -> str:
+    """Norms of the gradients and updates of each arm, and the steps that it skipped, over its steps."""
+    found, colors = series(history), colors_of(arms)
+    each = lambda key: [_curve(found, arm, key, ui.label(arm), colors[arm]) for arm in arms]
+    plots = _plot(each("grad_norm"), "Norm of the gradient", log=True)
+    plots += _plot(each("update_norm"), "Norm of the update", log=True)
+    skipped = [curve for curve in each("skipped") if any(curve[3])]
+    plots += _plot(skipped, "Steps skipped since the line before")
+    return plots and ui.grid(plots)
+
+
+def speed(history: History, arms: Sequence[str]) -> str:
+    """Training throughput over the steps, and what each arm's seconds went to."""
+    found, colors = series(history), colors_of(arms)
+    rates = [_curve(found, arm, "examples_per_s", ui.label(arm), colors[arm]) for arm in arms]
+    plots = _plot(rates, "Examples per second")
+    spent = {arm: by_cause for arm in arms if (by_cause := progress.seconds(found.get(arm, {})))}
+    if not spent:
+        return plots and ui.grid(plots)
+    bars, body = "", []
+    shown = [cause for cause in CAUSE_COLORS if any(cause in by_cause for by_cause in spent.values())]
+    for arm, by_cause in spent.items():
+        total = sum(by_cause.values())
+        shares = [(progress.CAUSES[c], by_cause[c] / total, CAUSE_COLORS[c]) for c in shown if c in by_cause]
+        bars += ui.stack(ui.label(arm), shares)
+        times = (progress.duration(by_cause[cause]) if cause in by_cause else "–" for cause in shown)
+        good = ui.percent(progress.goodput(by_cause) or 0.0)
+        body.append([ui.arm_label(arm, colors[arm]), progress.duration(total), good, *times])
+    head = ["", "in all", "goodput", *(progress.CAUSES[cause] for cause in shown)]
+    note = (
+        "Goodput is the time in steps that were kept over all the time that the training took. Steps done again after "
+        "a kill count with the mean time of a step; the time in which no process ran does not count."
+    )
+    return ui.grid(plots + ui.figure("Where the time went", bars)) + ui.note(note) + ui.table(head, body)
 
 
 def cost(arms: Mapping[str, Mapping[str, Any]], *, of: str) -> str:
@@ -76,27 +118,29 @@ def cost(arms: Mapping[str, Mapping[str, Any]], *, of: str) -> str:
 
 def schedules(history: History, arms: Sequence[str]) -> str:
     """The learning rate of every arm and the other scheduled numbers of the last one, over the steps."""
-    main = arms[-1]
-    rate = [_curve(history, arm, "learning_rate", ARMS[arm], arm) for arm in arms]
+    if not arms:
+        return ""
+    found, colors, main = series(history), colors_of(arms), arms[-1]
+    rate = [_curve(found, arm, f"{HPARAMS}learning_rate", ui.label(arm), colors[arm]) for arm in arms]
     plots = _plot(rate, "Learning rate")
-    hparams = dict.fromkeys(
-        name for record in history if record.get("arm") == main for name in record.get("hparams") or {}
-    )
-    hparams.pop("learning_rate", None)
-    colors = dict(zip(dict.fromkeys(name.rpartition(".")[0] for name in hparams), cycle(TERM_COLORS)))
-    for kind in dict.fromkeys(name.rpartition(".")[2] for name in hparams):
+    names = [key.removeprefix(HPARAMS) for key in found.get(main, {}) if key.startswith(HPARAMS)]
+    names = [name for name in names if name != "learning_rate"]
+    of_term = dict(zip(dict.fromkeys(name.rpartition(".")[0] for name in names), cycle(SERIES_COLORS)))
+    for kind in dict.fromkeys(name.rpartition(".")[2] for name in names):
         drawn = []
-        for name in hparams:
+        for name in names:
             term, _, last = name.rpartition(".")
             if last == kind:
-                drawn.append(_curve(history, main, name, term or name, colors[term]))
-        plots += _plot(drawn, f"{kind.replace('_', ' ').capitalize()}, {ARMS[main]}")
+                drawn.append(_curve(found, main, HPARAMS + name, term or name, of_term[term]))
+        plots += _plot(drawn, f"{kind.replace('_', ' ').capitalize()}, {ui.label(main)}")
     return plots and ui.grid(plots)
 
 
 def details(results: Mapping[str, Any], config: Mapping[str, Any]) -> str:
     """The environment, the digests of the parameters and the config, each of which unfolds."""
-    sums = [[ui.arm_label(name), f"<code>{arm['params_sha256']}</code>"] for name, arm in results["arms"].items()]
+    sums = [
+        [ui.arm_label(name), f"<code>{escape(arm['params_sha256'])}</code>"] for name, arm in results["arms"].items()
+    ]
     shown = json.dumps(config, indent=2, default=str, ensure_ascii=False)
     digest = f"<p>SHA-256 <code>{escape(results['config_sha256'])}</code></p>"
     return (
@@ -106,25 +150,42 @@ def details(results: Mapping[str, Any], config: Mapping[str, Any]) -> str:
     )
 
 
-def _curve(history: History, arm: str, key: str, label: str, color: str) -> Curve:
-    """A metric or hyperparameter of one arm over its steps; null (a NaN that was written) becomes NaN again."""
-    steps, values = [], []
-    for record in history:
-        source = {**(record.get("hparams") or {}), **record}
-        if record.get("arm") == arm and key in source:
-            steps.append(record["step"])
-            values.append(math.nan if source[key] is None else source[key])
-    return label, color, steps, values
+def colors_of(arms: Sequence[str]) -> dict[str, str]:
+    """The colour of each arm in plots: its own, where it has one."""
+    others = zip((arm for arm in arms if arm not in ARMS), cycle(SERIES_COLORS))
+    return {arm: arm for arm in arms if arm in ARMS} | dict(others)
 
 
-def _terms(history: History, arm: str) -> list[str]:
+def _curve(found: Mapping[str, Series], arm: str, key: str, label: str, color: str) -> Curve:
+    """A number of one arm over its steps."""
+    return label, color, *found.get(arm, {}).get(key, ([], []))
+
+
+def _weighted(found: Mapping[str, Series], arm: str, term: str, color: str) -> Curve:
+    """A term times its weight, where both were logged."""
+    steps, values = found[arm][term]
+    weights = dict(zip(*found[arm][f"{HPARAMS}{term}.weight"], strict=True))
+    return term, color, steps, [value * weights.get(step, math.nan) for step, value in zip(steps, values, strict=True)]
+
+
+def _of_members(found: Mapping[str, Series], arm: str) -> str:
+    """The loss and accuracy of a population: the mean, and the range over its members."""
+    plots = ""
+    for key, title in (("loss", "Loss"), ("accuracy", "Training accuracy")):
+        names = {"lowest": f"members/{key}/low", "mean": key, "highest": f"members/{key}/high"}
+        if names["lowest"] in found.get(arm, {}):
+            drawn = zip(names, ("s5", "s1", "s2"), strict=True)
+            ranges = [_curve(found, arm, names[name], name, color) for name, color in drawn]
+            plots += _plot(ranges, f"{title} of the members, {ui.label(arm)}", percent=key == "accuracy")
+    return plots
+
+
+def _terms(found: Mapping[str, Series], arm: str) -> list[str]:
     """The terms of an arm's loss, in the order of the history: what has a weight and was logged."""
-    records = [record for record in history if record.get("arm") == arm]
-    weights = dict.fromkeys(
-        name for record in records for name in record.get("hparams") or {} if name.endswith(".weight")
-    )
-    terms = [name.removesuffix(".weight") for name in weights]
-    return [term for term in terms if any(term in record for record in records)]
+    numbers = found.get(arm, {})
+    weights = (key for key in numbers if key.startswith(HPARAMS) and key.endswith(".weight"))
+    terms = [key.removeprefix(HPARAMS).removesuffix(".weight") for key in weights]
+    return [term for term in terms if term in numbers]
 
 
 def _plot(curves: Iterable[Curve], title: str, *, percent: bool = False, log: bool = False) -> str:

@@ -53,7 +53,8 @@ def lines(
 ) -> str:
     """Curves (label, colour name, steps, values) over the step; a NaN leaves a gap.
 
-    ``percent`` shows fractions as percentages, ``log`` takes a logarithmic axis if all values are above 0.
+    ``percent`` shows fractions as percentages, ``log`` takes a logarithmic axis if all values are above 0 and span a
+    power of ten, without which it would have no labels.
     """
 
     def draw(axes: Any) -> None:
@@ -62,10 +63,14 @@ def lines(
             marker = "o" if len(x) <= 30 else None
             axes.plot(x, y, color=HEX[color], label=label, marker=marker, markersize=2.6)
         drawn = np.concatenate([np.asarray(values, float) for *_, values in curves])
-        if log and np.nanmin(drawn) > 0:
+        span = np.nanmax(drawn) / np.nanmin(drawn) if log and np.nanmin(drawn) > 0 else 1.0
+        if span >= 10:
             axes.set_yscale("log")
             axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-            axes.yaxis.set_minor_formatter(lambda value, _: "")
+            # Between powers of ten only where these are few.
+            axes.yaxis.set_minor_formatter(
+                lambda value, _: f"{value:g}" if span < 100 and f"{value:e}"[0] in "25" else ""
+            )
         elif np.nanmin(drawn) >= 0 and not percent:
             axes.set_ylim(bottom=0, top=None if np.nanmax(drawn) > 0 else 1)
         axes.set_xlabel("step")

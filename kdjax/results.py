@@ -18,6 +18,8 @@ from rich.table import Table
 
 from kdjax import metrics
 from kdjax.errors import UserError, unknown
+from kdjax.memory import bytes_text as bytes_text
+from kdjax.untrusted import parse_json, terminal
 from kdjax.writers import write_atomic
 
 SCHEMA = 1
@@ -186,7 +188,7 @@ def load(path: str | os.PathLike[str]) -> dict[str, Any]:
 def read_json(path: str | os.PathLike[str], if_missing: str, if_damaged: str) -> Any:
     """What a JSON file of results holds; a UserError with the remedy where it cannot be read."""
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        return parse_json(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise UserError(f"no results at {path}: {if_missing}.") from error
     except OSError as error:
@@ -239,15 +241,6 @@ def latency(apply_fn: Callable[[Any], Any], example: Any, calls: int = 200) -> d
 
 
 # ---------------------------------------------------------------------------------------------- shown to a person
-
-
-def bytes_text(count: float) -> str:
-    """A size in bytes for a person: 1536 -> "1.5 KiB"."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if count < 1024 or unit == "GiB":
-            break
-        count /= 1024
-    return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
 
 
 def speed_text(per_second: float | None) -> str:
@@ -304,7 +297,7 @@ def rows(results: Mapping[str, Any]) -> list[tuple[str, list[str]]]:
 
 def table(results: Mapping[str, Any], test_examples: int | None = None) -> Table:
     """The run as one table for a terminal, with the verdict below it."""
-    shown = Table(caption=verdict(results, test_examples), caption_justify="left")
+    shown = Table(caption=terminal(verdict(results, test_examples), "table.caption"), caption_justify="left")
     shown.add_column("")
     for name in results["arms"]:
         shown.add_column(ARMS[name], justify="right", style="bold" if name == "student_distilled" else "")

@@ -1,11 +1,14 @@
-"""Where a run's numbers go while it runs: ``metrics.jsonl``, TensorBoard event files, and the terminal."""
+"""Where a run's numbers go while it runs: ``metrics.jsonl``, TensorBoard event files, W&B, and the terminal."""
 
 import contextlib
+import hashlib
 import json
 import math
 import os
+import secrets
 import sys
 import time
+import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TextIO
@@ -17,6 +20,7 @@ from rich.progress import Progress as RichProgress
 from rich.text import Text
 
 from kdjax.errors import UserError
+from kdjax.untrusted import parse_json
 
 
 def write_atomic(path: str | os.PathLike[str], text: str) -> None:
@@ -73,12 +77,16 @@ class JsonlWriter:
         except OSError as error:
             raise _cannot_write(self.path, error) from error
 
-    def truncate(self, arm: str, step: int) -> None:
-        """Drops the lines of an arm that are later than a step: a resumed run writes those again."""
+    def truncate(self, arm: str, step: int) -> int:
+        """Drops the lines of an arm that are later than a step, since a resumed run writes those again; returns the
+        last step that it had come to."""
         self._file.close()
-        kept = [line for line, record in _lines(self.path, self.path.read_bytes()) if not _later(record, arm, step)]
+        found = list(_lines(self.path, self.path.read_bytes()))
+        reached = max((record["step"] for _, record in found if _later(record, arm, step)), default=step)
+        kept = [line for line, record in found if not _later(record, arm, step)]
         write_atomic(self.path, "".join(line + "\n" for line in kept))
         self._file = self._open()
+        return reached
 
     def close(self) -> None:
         """Closes the file; nothing can be written after."""
@@ -127,8 +135,7 @@ class TensorBoardWriter:
         """Adds the numbers of one record, which has an ``arm`` and a ``step``."""
         run = self._runs.get(record["arm"]) or self._start(record["arm"], None)
         for tag, value in _numbers(_plain(record)):
-            if tag != "step":
-                run.add_scalar(tag, value, record["step"])
+            run.add_scalar(tag, value, record["step"])
 
     def truncate(self, arm: str, step: int) -> None:
         """Marks the events of an arm that are later than a step as void."""
@@ -144,6 +151,91 @@ class TensorBoardWriter:
     def _start(self, arm: str, purge: int | None) -> Any:
         self._runs[arm] = self._open(arm, purge)
         return self._runs[arm]
+
+
+class WandbWriter:
+    """Writes the same records to Weights & Biases: a run per arm, in a group per workdir, below ``folder/wandb``.
+
+    The x axis is the record's ``step``, which W&B takes as one more number: its own steps can only go up. So nothing is
+    taken back where a run resumes: lines after its checkpoint are written again, with the numbers that were there,
+    since a resume is bit for bit. A workdir keeps what its runs are called in ``wandb-id``, so that a resumed arm goes
+    on in its own run, also after the folder was moved. W&B's own variables count, such as ``WANDB_MODE=offline``; a
+    failure after the start is a warning, since the numbers are in ``metrics.jsonl`` too.
+
+    Args:
+        project: W&B's project.
+        folder: the workdir.
+        config: as resolved; shown beside the runs.
+
+    Raises:
+        UserError: the extra is not installed, or W&B does not start (no key, no network).
+    """
+
+    def __init__(self, project: str, folder: str | os.PathLike[str], config: Mapping[str, Any]):
+        try:
+            import wandb
+        except ImportError as error:
+            raise UserError(
+                "log.wandb needs wandb: install it with `pip install 'kdjax[wandb]'`, or set log.wandb to ''."
+            ) from error
+        self._wandb, self._project, self._folder, self._config = wandb, project, Path(folder), _plain(config)
+        self._runs: dict[str, Any] = {}
+        self._broken = False
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        """Adds the numbers of one record, which has an ``arm`` and a ``step``; events are left out."""
+        if self._broken or "event" in record:
+            return
+        run = self._runs.get(record["arm"]) or self._start(record["arm"])
+        try:
+            run.log({"step": record["step"], **dict(_numbers(_plain(record)))})
+        except Exception as error:  # its process may be gone, and training goes on
+            self._broken = True
+            warnings.warn(f"W&B takes no more lines ({error}); metrics.jsonl has them.", stacklevel=2)
+
+    def truncate(self, arm: str, step: int) -> None:
+        """Begins an arm's run where it is new, so that a missing key is known at once; takes nothing back."""
+        if not step:
+            self._start(arm)
+
+    def close(self) -> None:
+        """Ends all runs, when what was logged is sent."""
+        for run in self._runs.values():
+            with contextlib.suppress(Exception):
+                run.finish()
+
+    def _start(self, arm: str) -> Any:
+        if arm not in self._runs:
+            identity = self._identity()
+            try:
+                self._runs[arm] = run = self._wandb.init(
+                    project=self._project,
+                    group=f"{self._folder.resolve().name}-{identity}",
+                    id=f"{identity}-{hashlib.sha256(arm.encode()).hexdigest()[:8]}",  # a name may have any characters
+                    name=arm,
+                    dir=str(self._folder),
+                    config=self._config,
+                    resume="allow",
+                    reinit="create_new",
+                    # Our own display is no log; and a network that is gone must not keep a run from ending.
+                    settings=self._wandb.Settings(console="off", quiet=True, finish_timeout=_WANDB_FINISH_S),
+                )
+                run.define_metric("step")
+                run.define_metric("*", step_metric="step")
+            except Exception as error:  # it has dozens of its own kinds
+                reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+                remedy = "run `wandb login`, set WANDB_MODE=offline, or set log.wandb to ''"
+                raise UserError(f"W&B does not start ({reason}): {remedy}.") from error
+        return self._runs[arm]
+
+    def _identity(self) -> str:
+        place = self._folder / "wandb-id"
+        if not place.exists():
+            write_atomic(place, secrets.token_hex(5) + "\n")
+        return place.read_text(encoding="utf-8").strip()
+
+
+_WANDB_FINISH_S = 120  # what is not sent by then stays in folder/wandb, for `wandb sync`
 
 
 class _Console(Console):
@@ -270,7 +362,10 @@ def _plain(value: Any) -> Any:
 
 
 def _numbers(record: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
+    """A record's numbers by tag; not its step, and not what is the same in every line."""
     for key, value in record.items():
+        if not prefix and key in ("step", "total_steps"):
+            continue
         if isinstance(value, Mapping):
             yield from _numbers(value, f"{prefix}{key}/")
         elif isinstance(value, int | float):
@@ -282,7 +377,7 @@ def _lines(path: str | os.PathLike[str], data: bytes) -> Iterator[tuple[str, dic
     for number, line in enumerate(data.split(b"\n")[:-1], start=1):
         try:
             text = line.decode("utf-8")
-            record = json.loads(text)
+            record = parse_json(text)
         except ValueError as error:
             raise UserError(f"{path} line {number} is not JSON: the file is damaged; remove that line.") from error
         if not isinstance(record, dict):

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from kdjax.errors import UserError
-from kdjax.writers import JsonlWriter, Progress, TensorBoardWriter, read_jsonl, write_atomic
+from kdjax.writers import JsonlWriter, Progress, TensorBoardWriter, WandbWriter, read_jsonl, write_atomic
 
 
 def test_lines_are_on_disk_at_once_and_plain_json(tmp_path):
@@ -104,11 +104,62 @@ def test_tensorboard_files_hold_the_numbers(tmp_path):
     writer = TensorBoardWriter(tmp_path)
     writer.write({"arm": "teacher", "step": 7, "loss": 0.5, "kl": None, "hparams": {"kl.weight": 0.25}})
     writer.truncate("teacher", 7)
+    writer.write({"arm": "teacher", "step": 7, "event": "resumed", "redone_steps": 3, "seconds": {"step": 0.1}})
     writer.write({"arm": "teacher", "step": 8, "loss": 0.25})
     writer.close()
     written = b"".join(path.read_bytes() for path in (tmp_path / "teacher").iterdir())
     assert b"loss" in written and b"hparams/kl.weight" in written and b"kl.weight" in written
+    assert b"redone_steps" in written and b"seconds/step" in written and b"event" not in written
     assert len(list((tmp_path / "teacher").iterdir())) == 2  # the second starts where the first is void
+
+
+def test_wandb_goes_on_in_the_same_run(tmp_path, monkeypatch):
+    pytest.importorskip("wandb", reason="the package wandb is not installed")
+    monkeypatch.setenv("WANDB_MODE", "offline")  # writes what it would send into the folder
+    workdir = tmp_path / "digits"
+    workdir.mkdir()
+    config = {"seed": 12345, "student": {"options": {"widths": (8, 16)}}}
+    writer = WandbWriter("demo", workdir, config)
+    writer.truncate("a/b", 0)
+    writer.write({"arm": "a/b", "step": 20, "loss": 0.5, "kl": None, "hparams": {"kl.weight": np.float32(0.25)}})
+    writer.write({"arm": "a/b", "step": 20, "eval_accuracy": 0.75})
+    writer.write({"arm": "teacher", "step": 1, "loss": 1.0})
+    writer.close()
+    moved = workdir.rename(tmp_path / "moved")
+    writer = WandbWriter("demo", moved, config)  # the run was killed and goes on from step 10
+    writer.truncate("a/b", 10)
+    writer.write({"arm": "a/b", "step": 10, "event": "resumed", "redone_steps": 10})
+    writer.write({"arm": "a/b", "step": 20, "loss": 0.5})
+    writer.close()
+    folders = sorted(path.name for path in (moved / "wandb").glob("offline-run-*"))
+    identity = (moved / "wandb-id").read_text().strip()
+    runs = [name.removeprefix("offline-run-").partition("-")[2] for name in folders]
+    assert len(runs) == 3 and len(set(runs)) == 2 and all(run.startswith(f"{identity}-") for run in runs)
+    sent = b"".join(path.read_bytes() for path in (moved / "wandb").glob("offline-run-*/*.wandb"))
+    for part in (b"demo", f"digits-{identity}".encode(), b"a/b", b"eval_accuracy", b"hparams/kl.weight", b"12345"):
+        assert part in sent
+    assert b"redone_steps" not in sent
+
+
+def test_wandb_that_does_not_start_is_one_sentence(tmp_path):
+    pytest.importorskip("wandb", reason="the package wandb is not installed")
+    code = "from kdjax.writers import WandbWriter; WandbWriter('demo', '.', {}).truncate('teacher', 0)"
+    env = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
+    done = subprocess.run(  # W&B reads its variables once in a process
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env=env | {"WANDB_MODE": "online", "HOME": str(tmp_path), "NETRC": str(tmp_path / "none")},
+        capture_output=True,
+        text=True,
+    )
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("kdjax.errors.UserError: W&B does not start (") and "WANDB_MODE=offline" in last
+
+
+def test_an_absent_wandb_names_its_extra(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(UserError, match=r"pip install 'kdjax\[wandb\]'"):
+        WandbWriter("demo", tmp_path, {})
 
 
 def test_an_absent_tensorboard_names_the_extra(tmp_path, monkeypatch):
