@@ -20,7 +20,7 @@ from kdjax.errors import UserError
 from kdjax.experiment import ALONE, DISTILLED, MAIN, STUDENTS, Experiment, member, model_of, within
 from kdjax.model import Model, Variables, tap_shapes
 from kdjax.stages import Plan, make_plan
-from kdjax.step import make_train_step
+from kdjax.step import make_parts, make_train_step
 from kdjax.taps import Network
 from kdjax.tasks import language
 
@@ -129,6 +129,24 @@ def make_arm(
         rules=config.sharding.student if is_student else config.sharding.teacher,
         teacher_rules=config.sharding.teacher,
         members=len(members),
+        teacher_mesh=experiment.teacher_mesh if name == DISTILLED else None,
+    )
+
+
+def every_of(config: ConfigDict, *, evaluate: int = 0) -> train.Every:
+    """When an arm logs, saves and stops, by the config; ``evaluate`` is in steps, 0 for never."""
+    log = config.log
+    if log.profile and (len(log.profile) != 2 or not 1 <= log.profile[0] <= log.profile[1]):
+        raise UserError(f"log.profile={tuple(log.profile)}: give the first and the last step, such as (10, 12).")
+    return train.Every(
+        log=log.every,
+        evaluate=evaluate,
+        save=config.checkpoint.every,
+        stop_on_nan=config.train.stop_on_nan,
+        skip_nan=config.train.skip_nan,
+        stall_s=log.stall_s,
+        exit_s=log.stall_exit_s,
+        profile=tuple(log.profile) or None,
     )
 
 
@@ -288,21 +306,22 @@ def _stage(
         values = schedules.at(terms, params, step - plan.start)
         return values | schedules.at(rate, params, step - plan.rate_start)
 
-    step = make_train_step(
-        model,
-        experiments.asked(experiment) if goal.uses_teacher else {},
-        goal,
-        transform,
-        preprocess=experiment.task.make_preprocess(experiment.dataset, augment),
-        hparams_at=hparams_at,
-        accumulate=experiment.config.train.accumulate,
-        ema_decay=ema,
-        members=members,
-        chunk=chunk,
-    )
+    config = experiment.config
+    asked = experiments.asked(experiment) if goal.uses_teacher else {}
+    options: dict[str, Any] = {
+        "preprocess": experiment.task.make_preprocess(experiment.dataset, augment),
+        "hparams_at": hparams_at,
+        "ema_decay": ema,
+        "members": members,
+        "chunk": chunk,
+        "skip_nan": config.train.skip_nan > 0,
+    }
+    step = make_train_step(model, asked, goal, transform, accumulate=config.train.accumulate, **options)
+    ahead = asked and (config.train.overlap or experiment.teacher_mesh is not None)
     values = [schedules.values(terms | rate) for terms, rate in found]
     hparams = jax.tree.map(lambda *x: np.stack(x), *values) if members else values[0]
-    return train.Stage(plan.start, plan.stop, step, hparams, goal)
+    parts = make_parts(model, asked, goal, transform, **options) if ahead else None
+    return train.Stage(plan.start, plan.stop, step, hparams, goal, parts)
 
 
 def _numbers(hparams: Mapping[str, Any], losses: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:

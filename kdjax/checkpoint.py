@@ -6,6 +6,8 @@ a flipped bit without a word). The teacher is never in it.
 """
 
 import contextlib
+import functools
+import hashlib
 import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,12 +19,19 @@ import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
 
+from kdjax import cluster, sharding
 from kdjax.errors import UserError
 from kdjax.model import Variables, first_mismatch, flatten_paths
 from kdjax.state import TrainState, inference_variables
+from kdjax.untrusted import parse_json
 
 # Orbax reports each of its steps, and failures with their traceback; what matters to the user is raised by us.
 logging.getLogger("absl").setLevel(logging.CRITICAL)
+
+
+# Orbax measures its time limits with the machine's clock, whose jump would fail a save. A save that hangs is the
+# watchdog's to notice.
+_NEVER_S = 10**9
 
 
 class Checkpoints:
@@ -38,11 +47,17 @@ class Checkpoints:
             preservation_policy=policies.AnyPreservationPolicy(kept),
             cleanup_tmp_directories=True,
             create=True,
+            async_options=ocp.AsyncOptions(timeout_secs=_NEVER_S, create_directories_asynchronously=False),
         )
         try:
+            self._set_aside = cluster.by_first(lambda: _set_aside_unreadable(self.folder)) or []
             self._manager = ocp.CheckpointManager(self.folder, options=options)
         except OSError as error:
             raise UserError(f"cannot write checkpoints in {self.folder}: {error.strerror or error}.") from error
+        except (ValueError, TypeError, KeyError) as error:  # Orbax reads what it wrote beside each checkpoint
+            raise UserError(
+                f"the checkpoints in {self.folder} cannot be read ({error}): move the damaged one out of that folder."
+            ) from error
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -54,8 +69,7 @@ class Checkpoints:
     def save(self, step: int, state: TrainState, meta: dict[str, Any], eval_accuracy: float | None) -> None:
         """Starts saving; returns once the arrays are copied, so that the state may be donated."""
         model, train = _items(state)
-        digests = jax.device_get(_checksums({"model": model, "train": train}))
-        meta = {**meta, "step": step, "checksums": {path: int(value) for path, value in flatten_paths(digests).items()}}
+        meta = {**meta, "step": step, "checksums": _digests({"model": model, "train": train})}
         metrics = None if eval_accuracy is None else {"eval_accuracy": eval_accuracy}
         with _as_user_error(self.folder):
             self._manager.save(
@@ -80,32 +94,25 @@ class Checkpoints:
 
         A damaged checkpoint is set aside (renamed, not deleted), and ``say`` is told.
         """
-        for step in sorted(self._manager.all_steps(), reverse=True):
-            try:
-                return self._restore(step, like)
-            except Exception as error:  # orbax and tensorstore raise many kinds for a damaged file
-                aside = self.folder / f"damaged-{step}"
-                (self.folder / str(step)).rename(aside)
-                self._manager.reload()
-                reason = str(error).split("\n")[0][:160]
-                say(
-                    f"checkpoint {self.folder / str(step)} is damaged ({reason}): set aside as {aside.name}, "
-                    "falling back to the one before it."
-                )
-        return None
-
-    def _restore(self, step: int, like: TrainState) -> tuple[TrainState, dict[str, Any]]:
         model, train = _items(like)
-        restored = self._manager.restore(
-            step,
-            args=ocp.args.Composite(
-                model=ocp.args.StandardRestore(model),
-                train=ocp.args.StandardRestore(train),
-                meta=ocp.args.JsonRestore(),
-            ),
-        )
-        _verify({"model": restored["model"], "train": restored["train"]}, restored["meta"]["checksums"])
-        return _state(restored["model"], restored["train"]), restored["meta"]
+        for sentence in self._set_aside:
+            say(sentence)
+        wanted = {"model": ocp.args.StandardRestore(model), "train": ocp.args.StandardRestore(train)}
+        for step in sorted(self._manager.all_steps(), reverse=True):
+            place = self.folder / str(step)
+            try:
+                restored = _read(place, wanted)
+            except _Damaged as error:
+                aside = place.with_name(f"damaged-{step}")
+                cluster.by_first(lambda place=place, aside=aside: place.rename(aside) and None)
+                self._manager.reload()
+                say(
+                    f"checkpoint {place} is damaged ({error}): set aside as {aside.name}, falling back to the one "
+                    "before it."
+                )
+                continue
+            return _state(restored["model"], restored["train"]), restored["meta"]
+        return None
 
 
 def load_model(folder: Path, like: Variables) -> tuple[Variables, dict[str, Any]]:
@@ -133,13 +140,56 @@ def load_model(folder: Path, like: Variables) -> tuple[Variables, dict[str, Any]
     if difference:
         raise UserError(f"checkpoint {path} is of another architecture: {difference}.")
     try:
-        with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as reader:
-            args = ocp.args.Composite(model=ocp.args.StandardRestore(like), meta=ocp.args.JsonRestore())
-            restored = reader.restore(path, args=args)
-        _verify({"model": restored["model"]}, restored["meta"]["checksums"])
-    except Exception as error:
-        raise UserError(f"checkpoint {path} is truncated or damaged: {str(error).splitlines()[0][:160]}.") from error
+        restored = _read(path, {"model": ocp.args.StandardRestore(like)})
+    except _Damaged as error:
+        raise UserError(f"checkpoint {path} is truncated or damaged: {error}.") from error
     return restored["model"], restored["meta"]
+
+
+def _set_aside_unreadable(folder: Path) -> list[str]:
+    """Renames checkpoints whose description is no JSON object, on which Orbax would fail for all; says which."""
+    found = []
+    for path in folder.glob("[0-9]*/_CHECKPOINT_METADATA"):
+        try:
+            damaged = not isinstance(parse_json(path.read_bytes()), dict)
+        except ValueError:
+            damaged = True
+        if damaged:
+            aside = path.parent.rename(path.parent.with_name(f"damaged-{path.parent.name}"))
+            found.append(
+                f"checkpoint {path.parent} is damaged (its description is unreadable): set aside as {aside.name}."
+            )
+    return found
+
+
+class _Damaged(Exception):
+    """A checkpoint is not what was saved; the message is a phrase that says how this shows."""
+
+
+def _read(path: Path, wanted: dict[str, Any]) -> dict[str, Any]:
+    """The items of a checkpoint by name, with ``meta``, verified; every process reads the parts that it holds.
+
+    Raises:
+      _Damaged: in every process, where any of them cannot read its part, or a checksum differs.
+    """
+    me, reason, restored = jax.process_index(), "", {}
+    # Without Orbax's barriers: a process whose part is damaged never comes to them, and the others would wait.
+    alone = ocp.options.MultiprocessingOptions(primary_host=me, active_processes={me}, barrier_sync_key_prefix=f"p{me}")
+    try:
+        with ocp.Checkpointer(ocp.CompositeCheckpointHandler(), multiprocessing_options=alone) as reader:
+            args = ocp.args.Composite(**wanted, meta=ocp.args.JsonRestore())
+            restored = dict(reader.restore(path, args=args).items())
+        if not isinstance(restored["meta"], dict) or not isinstance(restored["meta"].get("checksums"), dict):
+            reason = "its meta has no checksums"
+    except Exception as error:  # orbax and tensorstore raise many kinds for a damaged file
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:160]
+    if not cluster.all_agree(not reason):
+        raise _Damaged(reason or "another process cannot read its part")
+    checksums = restored["meta"]["checksums"]
+    for name, value in _digests({item: restored[item] for item in wanted}).items():
+        if value != checksums.get(name):
+            raise _Damaged(f"the checksum of {name} differs")
+    return restored
 
 
 def _items(state: TrainState) -> tuple[Variables, dict[str, Any]]:
@@ -166,8 +216,21 @@ def _state(model: Variables, train: dict[str, Any]) -> TrainState:
     )
 
 
-@jax.jit
-def _checksums(tree: Any) -> Any:
+def _digests(tree: Any) -> dict[str, int]:
+    """The checksum of each array by its path, the same in every process."""
+    flat = flatten_paths(tree)
+    on_meshes = [x.sharding for x in flat.values() if isinstance(x.sharding, jax.sharding.NamedSharding)]
+    # On every device, since no process can read what lies with others alone.
+    everywhere = jax.sharding.NamedSharding(on_meshes[0].mesh, jax.P()) if on_meshes else None
+    return {path: int(x) for path, x in jax.device_get(_checksums(everywhere)(flat)).items()}
+
+
+@functools.cache
+def _checksums(out_shardings: Any) -> Callable[[Any], Any]:
+    return jax.jit(_checksum_each, out_shardings=out_shardings)
+
+
+def _checksum_each(tree: Any) -> Any:
     """A 32-bit checksum of each array, computed where it lies, so that it does not depend on the sharding.
 
     Each word is multiplied by an odd number that depends on its place: a flipped bit always changes the sum, and other
@@ -189,13 +252,6 @@ def _checksums(tree: Any) -> Any:
     return jax.tree.map(checksum, tree)
 
 
-def _verify(tree: Any, checksums: dict[str, int]) -> None:
-    found = flatten_paths(jax.device_get(_checksums(tree)))
-    for path, value in found.items():
-        if int(value) != checksums.get(path):
-            raise ValueError(f"the checksum of {path} differs")
-
-
 @contextlib.contextmanager
 def _as_user_error(folder: Path) -> Iterator[None]:
     """Says in one sentence that a disk is full or read-only. Earlier saves are whole: each is renamed into place."""
@@ -215,11 +271,9 @@ def _as_user_error(folder: Path) -> Iterator[None]:
 
 def digest(variables: Variables) -> str:
     """SHA-256 over the path, dtype, shape and bytes of every array: the fingerprint of a model's weights."""
-    import hashlib
-
     sha = hashlib.sha256()
     for path, leaf in flatten_paths(variables).items():
-        array = np.asarray(jax.device_get(leaf))
+        array = np.asarray(sharding.to_host(leaf))
         sha.update(f"{path} {array.dtype} {array.shape}\n".encode())
         sha.update(np.ascontiguousarray(array).tobytes())
     return sha.hexdigest()

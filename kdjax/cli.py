@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 from absl import flags
 from ml_collections import ConfigDict
 
+from kdjax import cluster, host
 from kdjax import config as configs
-from kdjax import host
 from kdjax.errors import UserError, unknown
 
 
@@ -45,7 +45,7 @@ def distill(call: Call) -> None:
     found = recipe.run(call.config, call.workdir)
     console = Console()
     console.print(results.table(*found))
-    console.print(f"report: {call.workdir / 'report.html'}", soft_wrap=True)
+    console.print(f"report: {call.workdir / 'report.html'}", soft_wrap=True, markup=False)
 
 
 def train(call: Call) -> None:
@@ -80,6 +80,28 @@ def evaluate(call: Call) -> None:
     Console().print(results.table(*found))
 
 
+def report(call: Call) -> None:
+    """Show how far a run is, also while it runs: a table, and a page of curves in WORKDIR/progress.html.
+
+    Only reads the run's files, so a run in progress does not notice. Of any workdir that trains.
+
+    Example:
+      kdjax report runs/digits
+      watch -n 60 kdjax report --workdir runs/digits
+    """
+    from rich.console import Console
+
+    from kdjax.recipes import report as recipe
+
+    given = [place for place in (call.flags.workdir, *call.words) if place]
+    if len(given) != 1:
+        raise UserError("say which run: kdjax report WORKDIR.")
+    found = recipe.run(Path(given[0]))
+    console = Console()
+    console.print(recipe.table(found))
+    console.print(recipe.summary(found), soft_wrap=True, markup=False)
+
+
 def check(call: Call) -> None:
     """Test a config before spending device time on it: losses, shapes, teacher, cache, memory, FLOPs.
 
@@ -110,25 +132,30 @@ def cache(call: Call) -> None:
 
 
 def bench(call: Call) -> None:
-    """Measure the step, the loss, taps, a population, several seeds, a class never seen, or steps of compression.
+    """Measure the step, its input, compiling, resuming, many devices, and what distilling is worth over several seeds.
 
-    `bench loss` compares the memory of the loss over a large vocabulary, chunked, with the dense one; `bench step`
-    times the compiled step against its parts, `bench signals` the step from a cache against the student alone, `bench
-    taps` a feature term against the step without it, `bench population` students side by side against separate runs;
+    Of a config: `bench step` times the compiled step against its parts, the host and the machine's own matrix products;
+    `bench input` the input pipeline alone, `bench compile` the compiler, `bench resume` saves and resumes, and `bench
+    scaling` compiles for more and more devices. `bench signals` times the step from a cache against the student alone,
+    `bench taps` a feature term against the step without it, `bench population` students side by side against separate
+    runs, and `bench loss` compares the memory of the loss over a large vocabulary, chunked, with the dense one.
+
     `bench seeds` trains all arms over several seeds, `bench compress` the steps of kdjax compress, and `bench omitted`
-    repeats the omitted class of Hinton et al. (2015).
+    repeats the omitted class of Hinton et al. (2015). `bench report` writes the tables of docs/performance.md.
 
     Example:
       kdjax bench step --json
+      kdjax bench scaling --devices 16 --config configs/lm_bytes.py
       kdjax bench loss --json --tokens 8192 --vocab 131072
       kdjax bench seeds --seeds 5 --config configs/digits.py:labels10
+      kdjax bench report --config.data.data_dir=DATA
     """
     from kdjax.recipes import bench as recipe
 
     names = recipe.BENCHMARKS
     if len(call.words) != 1 or call.words[0] not in names:
         raise unknown("benchmark", " ".join(call.words), names)
-    given = {name: call.flags[name].value for name in ("seeds", "tokens", "vocab")}
+    given = {name: call.flags[name].value for name in ("seeds", "tokens", "vocab", "devices", "out")}
     recipe.run(
         call.words[0],
         call.config,
@@ -178,7 +205,7 @@ def compare(call: Call) -> None:
     )
     console = Console()
     console.print(report.table(found))
-    console.print(f"report: {call.workdir / 'report.html'}", soft_wrap=True)
+    console.print(f"report: {call.workdir / 'report.html'}", soft_wrap=True, markup=False)
 
 
 def compress(call: Call) -> None:
@@ -198,7 +225,7 @@ def compress(call: Call) -> None:
     found = recipe.run(call.config, call.workdir)
     console = Console()
     console.print(report.table(found))
-    console.print(f"report: {call.workdir / 'compress.html'}", soft_wrap=True)
+    console.print(f"report: {call.workdir / 'compress.html'}", soft_wrap=True, markup=False)
 
 
 def export(call: Call) -> None:
@@ -240,7 +267,7 @@ def measure(call: Call) -> None:
     )
     console = Console()
     console.print(recipe.table(found))
-    console.print(f"report: {call.workdir / recipe.PAGE}", soft_wrap=True)
+    console.print(f"report: {call.workdir / recipe.PAGE}", soft_wrap=True, markup=False)
 
 
 def _grid_words(call: Call) -> list[str]:
@@ -252,6 +279,7 @@ VERBS: dict[str, Callable[[Any], None]] = {
     "distill": distill,
     "train": train,
     "evaluate": evaluate,
+    "report": report,
     "check": check,
     "cache": cache,
     "bench": bench,
@@ -261,7 +289,8 @@ VERBS: dict[str, Callable[[Any], None]] = {
     "export": export,
     "measure": measure,
 }
-_TAKE_WORDS = ("bench", "export", "measure")
+_TAKE_WORDS = ("report", "bench", "export", "measure")
+_IN_CLUSTERS = ("distill", "train", "evaluate", "cache", "population")
 HELP = """kdjax: knowledge distillation in JAX
 
   kdjax VERB [--config FILE[:VARIANT]] [--config.key=value ...] [--workdir FOLDER]
@@ -274,7 +303,8 @@ Without --config, a small student is distilled on scikit-learn's digits. kdjax V
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Runs the command and exits: 0 done, 2 bad input (one sentence), 128 + n stopped by signal n, state saved."""
+    """Runs the command and exits: 0 done, 2 bad input (one sentence), 75 another process is gone (to be tried again),
+    128 + n stopped by signal n, state saved."""
     sys.exit(run(sys.argv[1:] if argv is None else argv))
 
 
@@ -291,10 +321,41 @@ def run(argv: Sequence[str]) -> int:
             print(f"kdjax {verb}\n\n{inspect.getdoc(VERBS[verb])}\n\nflags:{_flags(verb).module_help('kdjax')}")
             return 0
         call = _parse(verb, argv[1:])
-        host.keep_freed_memory()
-        VERBS[verb](call)
+        place = _cluster(call)
     except UserError as error:
         if "--verbose" in argv:
+            traceback.print_exc()
+        print(f"kdjax: {error}", file=sys.stderr)
+        return 2
+    if place is None:
+        return _act(verb, call)
+    return cluster.supervise(place, lambda: _as_one_of_many(place, lambda: _act(verb, call)))
+
+
+def _as_one_of_many(place: cluster.Cluster, act: Callable[[], int]) -> int:
+    """Acts as one process of several, and takes leave of the others."""
+    try:
+        cluster.join(place)
+        code = act()
+    except UserError as error:
+        print(f"kdjax: {error}", file=sys.stderr)
+        return 2
+    except Exception:
+        traceback.print_exc()
+        cluster.verdict()
+        code = 1
+    cluster.leave(code)
+    return code
+
+
+def _act(verb: str, call: Call) -> int:
+    """Runs a verb and returns the exit code."""
+    try:
+        host.keep_freed_memory()
+        _keep_compiled(call)
+        VERBS[verb](call)
+    except UserError as error:
+        if call.flags.verbose:
             traceback.print_exc()
         print(f"kdjax: {error}", file=sys.stderr)
         return 2
@@ -305,20 +366,43 @@ def run(argv: Sequence[str]) -> int:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - so that closing it at exit does not fail again
         return 0
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS) or "--verbose" in argv:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS) or call.flags.verbose:
             raise
         place = error.filename or "the workdir"
         print(f"kdjax: cannot write {place}: {error.strerror}; checkpoints written before are kept.", file=sys.stderr)
         return 2
     except Exception as error:
-        # Imported late: kdjax.train imports jax, which a help text does not need.
-        from kdjax.train import Interrupted
+        from kdjax.interrupts import Interrupted
 
         if not isinstance(error, Interrupted):
             raise
         print(f"kdjax: {error} Run the same command to go on.", file=sys.stderr)
         return 128 + error.signal
     return 0
+
+
+def _cluster(call: Call) -> cluster.Cluster | None:
+    """The processes that this one is to join; ``None`` where it is alone."""
+    given = call.flags
+    if "cluster" not in given or not (given.cluster or given.coordinator):
+        return None
+    if given.cluster and given.coordinator:
+        raise UserError("--cluster finds the coordinator by itself: leave out --coordinator, or --cluster.")
+    if given.coordinator and not (given.processes and given.process is not None and given.process < given.processes):
+        raise UserError(
+            "--coordinator does not say which process of how many this is: add --processes N and --process I, from 0."
+        )
+    return cluster.Cluster(given.coordinator or "", given.processes or 0, given.process or 0, given.heartbeat)
+
+
+def _keep_compiled(call: Call) -> None:
+    """Keeps compiled programs where the config says; never where others' could be read, unless it says so."""
+    place = call.config.compile_cache
+    if place:
+        import jax
+
+        jax.config.update("jax_compilation_cache_dir", str(call.workdir / "compiled" if place == "workdir" else place))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
 def _flags(verb: str) -> flags.FlagValues:
@@ -330,6 +414,12 @@ def _flags(verb: str) -> flags.FlagValues:
     define(flags.DEFINE_string, "config", None, "a config file, or FILE:VARIANT; --config.key=value changes a value")
     define(flags.DEFINE_string, "workdir", None, "where the run lives; a run that is there already is resumed")
     define(flags.DEFINE_bool, "verbose", False, "show the traceback of an error")
+    if verb in _IN_CLUSTERS:
+        define(flags.DEFINE_bool, "cluster", False, "one of several processes, as SLURM, Kubernetes or a TPU pod says")
+        define(flags.DEFINE_string, "coordinator", None, "HOST:PORT of the first of several processes")
+        define(flags.DEFINE_integer, "processes", None, "how many there are", lower_bound=1)
+        define(flags.DEFINE_integer, "process", None, "which one this is, from 0", lower_bound=0)
+        define(flags.DEFINE_float, "heartbeat", 30.0, "seconds without a sign after which one is gone", lower_bound=1.0)
     if verb == "train":
         define(flags.DEFINE_string, "arm", "teacher", "which arm to train")
     if verb == "export":
@@ -347,6 +437,8 @@ def _flags(verb: str) -> flags.FlagValues:
     if verb == "bench":
         define(flags.DEFINE_integer, "tokens", None, "of bench loss: the length of the sequence", lower_bound=1)
         define(flags.DEFINE_integer, "vocab", None, "of bench loss: the number of classes", lower_bound=2)
+        define(flags.DEFINE_integer, "devices", None, "of bench scaling: the most devices", lower_bound=2)
+        define(flags.DEFINE_string, "out", None, "of bench report: the document whose tables it writes")
     if verb in ("compare", "population"):
         define(
             flags.DEFINE_string, "grid", None, "KEY=VALUE,VALUE ...: numbers of the config to try in all combinations"
@@ -367,8 +459,8 @@ def _parse(verb: str, argv: Sequence[str]) -> Call:
         raise UserError(f"{sentence}; kdjax {verb} --help lists the flags.") from error
     if words and verb not in _TAKE_WORDS and not (verb in ("compare", "population") and values.grid):
         raise UserError(f"unexpected {words[0]!r}: values are given as --config.key=value; see kdjax {verb} --help.")
-    if verb == "export" and (values.config or overrides):
-        raise UserError("kdjax export goes by the config of the run that it exports: leave --config out.")
+    if verb in ("export", "report") and (values.config or overrides):
+        raise UserError(f"kdjax {verb} goes by the config of the run: leave --config out.")
     if verb == "measure" and overrides and not values.config:
         raise UserError(f"{overrides[0]} changes no file: give --config FILE, whose test data are then measured on.")
     base = configs.from_file(values.config) if values.config else configs.default()

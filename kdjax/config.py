@@ -3,6 +3,7 @@
 import ast
 import hashlib
 import json
+import re
 import runpy
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,10 +17,13 @@ from kdjax.errors import UserError, unknown
 # Subtrees in which a user may add keys; what is put there is checked by the code that reads it.
 _OPEN = (
     *("data.options", "teacher.options", "teacher.augment", "student.options"),
-    *("more_teachers", "assistants", "peers", "stages", "compress", "mesh"),
+    *("more_teachers", "assistants", "peers", "stages", "compress", "mesh", "teacher_mesh"),
 )
 # What does not change the result of an arm, and so may change when a run is resumed.
-_FREE = ("checkpoint", "log", "compress", "licences")
+_FREE = (
+    *("checkpoint", "log", "compress", "licences", "compile_cache"),
+    *("mesh", "teacher_mesh", "sharding"),  # but for rounding
+)
 
 
 def default() -> ConfigDict:
@@ -36,6 +40,7 @@ def default() -> ConfigDict:
         "tokenizer": "bytes",  # of text: bytes, or a tokenizer.json or the folder of one
         "context": 256,  # of text: tokens of a window, each with its target
         "packing": "split",  # of text: documents cut where a window ends, or whole
+        "corrupt": "stop",  # or skip: records that cannot be read are left out
         "labels": 1.0,  # share of the training examples whose labels the student may see
         "omit_class": -1,  # a class whose examples the student never sees (-1: none)
         "curriculum": {  # of the distilled student: which examples it sees first, as the teacher finds them hard
@@ -57,6 +62,7 @@ def default() -> ConfigDict:
         "name": "cnn",
         "options": {"widths": (32, 64, 128), "strides": (1, 2, 2)},
         "init": "",  # a kdjax workdir or checkpoint folder, or a Hugging Face folder; empty: trained in this run
+        "weights": "",  # stored for inference in bfloat16, int8 or float8_e4m3; empty: as they are loaded
         "cache": "",  # of a language model: what the teacher said beforehand (kdjax cache), asked in its place
         "weight": 1.0,  # among several teachers
         "combine": "probabilities",  # or logits, confidence, routed
@@ -67,7 +73,7 @@ def default() -> ConfigDict:
         "optimizer": _optimizer(learning_rate=_cosine(2e-3)),
         "losses": {"ce": {"weight": 1.0, "label_smoothing": 0.0}},
     }
-    config.more_teachers = {}  # name -> {name, options, init, weight}
+    config.more_teachers = {}  # name -> {name, options, init, weights, weight}
     config.student = {
         "name": "cnn",
         "options": {"widths": (8, 16, 16), "strides": (1, 2, 2)},
@@ -92,10 +98,15 @@ def default() -> ConfigDict:
         "accumulate": 1,  # parts of a batch that are walked over one after the other
         "tokens_per_chunk": 0,  # of a device, for which logits exist at a time; 0: as many as a fixed budget holds
         "dtype": "float32",  # of the computation; the student's parameters are float32 always
+        "products": "",  # of dense layers: float8, where the rest is of dtype; empty: of dtype as well
         "ema": 0.0,  # decay of the student's moving average; 0: none
         "stop_on_nan": True,
+        "skip_nan": 0,  # steps in a row that may be left out where loss or gradient is not finite; 0: none
+        "overlap": False,  # the teachers run a batch ahead, beside the student's update in one program
     }
     config.mesh = {"data": -1, "fsdp": 1}  # -1: all devices that are left
+    # Of devices after those of the mesh, on which the teachers run a batch ahead; empty: they share the mesh.
+    config.teacher_mesh = {}
     config.sharding = {"student": ((".*", "fsdp"),), "teacher": ((".*", "fsdp"),)}
     config.cache = {  # of kdjax cache: what is kept of a teacher's distribution of each token
         "form": "top_k",  # its k likeliest tokens and the rest; or sample: an unbiased sample of it
@@ -110,11 +121,17 @@ def default() -> ConfigDict:
     config.compress = {}
     config.licences = {"teacher": "", "data": ""}  # a note on each, for the model card of an export
     config.population = {"chunk": 0}  # students at a time in a population; 0: as measured at its start
+    # Where compiled programs are kept for the next start: a folder of your own, or workdir; empty: nowhere.
+    config.compile_cache = ""
     config.checkpoint = {"every": 200, "keep": 2, "keep_best": True}
     config.log = {
         "every": 20,
         "eval_every": 100,
+        "stall_s": 120.0,  # after which a run in which nothing moves says what it waits for; 0: never
+        "stall_exit_s": 0.0,  # after which it ends, to be tried again; 0: never
+        "profile": (),  # the first and the last step of a profiler trace of each arm; empty: none
         "tensorboard": False,
+        "wandb": "",  # the project of Weights & Biases that metrics go to as well; empty: none
         "sample": {"tokens": 160, "temperature": 0.7},  # of the text that each arm of a language model writes
     }
     return config
@@ -208,20 +225,48 @@ def resolve(config: ConfigDict) -> ConfigDict:
         if "name" not in extra:  # one of the student's kind
             extra.update(name=config.student.name, options=extra.get("options", config.student.options))
         extra.options = extra.get("options", {})
+    try:
+        to_json(config.to_dict())
+    except (TypeError, ValueError, RecursionError) as error:
+        raise UserError(
+            f"a config holds numbers, texts, lists and mappings of these ({error}): mend its options."
+        ) from error
     return config.lock()
 
 
+def _require_sections(config: ConfigDict) -> None:
+    """What the rest of this module goes by; the ``config.json`` of a workdir from elsewhere may hold anything."""
+    for key in (*_SECTIONS, *_NAMED):
+        value = config.get(key, {} if key == "compress" else None)
+        _require(isinstance(value, ConfigDict | Mapping), key, "a mapping", value)
+    _require(isinstance(config.teacher.get("augment"), ConfigDict), "teacher.augment", "a mapping", config.teacher)
+    for key in _NAMED:
+        for name, part in config.get(key, {}).items():
+            _require(isinstance(part, ConfigDict), f"{key}.{name}", "a mapping", part)
+            if not re.fullmatch(r"\w[\w-]*", name):
+                raise UserError(
+                    f"{key} has the name {name!r}: take letters, digits, _ and -, for it names a folder too."
+                )
+
+
+_SECTIONS = ("data", "teacher", "student", "losses", "control", "optimizer", "train", "mesh", "checkpoint", "log")
+_NAMED = ("more_teachers", "assistants", "peers", "stages", "compress")  # whose keys are names
+
+
 def _filled(config: ConfigDict) -> ConfigDict:
-    """A copy with what a student that is set as a whole leaves out, and each step of compression."""
+    """A copy with what a part that is set as a whole leaves out, and each step of compression."""
     config = ConfigDict(config.to_dict(), type_safe=False)
+    _require_sections(config)
     for name, step in config.get("compress", {}).items():
         config.compress[name] = {**STEP, **step.to_dict()}
     for key in ("init", "seed", "reuse_classifier"):
         config.student[key] = config.student.get(key, default().student[key])
+    config.teacher.weights = config.teacher.get("weights", "")
+    config.train.products = config.train.get("products", "")
     return config
 
 
-MEMBER_KEYS = ("name", "options", "init", "weight")
+MEMBER_KEYS = ("name", "options", "init", "weights", "weight")
 
 
 def override(config: ConfigDict, words: Sequence[str]) -> ConfigDict:
@@ -251,7 +296,12 @@ def override(config: ConfigDict, words: Sequence[str]) -> ConfigDict:
             place = place[parent]
         if not isinstance(place, ConfigDict) or (last not in place and ".".join(parents) not in _OPEN):
             raise unknown_key(key, flat_keys(changed.to_dict()))
-        place[last] = _literal(text, place.get(last))
+        value = _literal(text, place.get(last))
+        try:
+            flat_keys({key: value})  # joins names by full stops
+            place[last] = value
+        except (TypeError, ValueError, RecursionError) as error:  # a mapping whose keys are no names
+            raise UserError(f"{key} cannot be {text} ({error}): give its keys as texts without a full stop.") from error
     return changed
 
 
@@ -262,7 +312,7 @@ def _literal(text: str, before: Any) -> Any:
         return text.lower() == "true"
     try:
         return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
         return text  # resolve says what it should have been
 
 
@@ -291,7 +341,7 @@ def flat_keys(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """``{"a": {"b": 1}}`` as ``{"a": {...}, "a.b": 1}``: every key that can be named on the command line."""
     flat: dict[str, Any] = {}
     for key, value in values.items():
-        flat[prefix + key] = value
+        flat[prefix + key] = value  # a TypeError for a key that is no text
         if isinstance(value, Mapping):
             flat |= flat_keys(value, f"{prefix}{key}.")
     return flat

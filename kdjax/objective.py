@@ -163,6 +163,12 @@ def make_objective(
     if combine not in COMBINATIONS:
         raise unknown("way to combine teachers", combine, COMBINATIONS)
     uses_teacher = any(one.term.uses_teacher or one.static.get("examples", "all") != "all" for one in active.values())
+    # Only where they are there anyway: the scores of a teacher whose features are learned from are never made.
+    compares = any(
+        one.by_position
+        and (one.term.reads in ("logits", "signal", "both") or one.static.get("examples", "all") != "all")
+        for one in active.values()
+    )
     if uses_teacher and teacher_weights and len(teacher_weights) > 1:
         hparams |= {f"teacher.{name}": float(weight) for name, weight in teacher_weights.items()}
     if setting.signals:
@@ -174,7 +180,8 @@ def make_objective(
         valid = _valid(batch)
         labelled = valid * _is_labelled(batch)
         per_term = {name: labelled if one.term.on_labels else valid for name, one in active.items()}
-        return {name: jnp.sum(weight) for name, weight in {**per_term, "accuracy": labelled}.items()}
+        shares = {"accuracy": labelled} | ({"agreement": valid} if compares else {})
+        return {name: jnp.sum(weight) for name, weight in (per_term | shares).items()}
 
     def init(key):
         params, state = {}, {}
@@ -211,8 +218,11 @@ def make_objective(
             """Of every term that takes one position at a time."""
             view = _view(positions, tuple(teachers), hparams, combine)
             sums = {name: _sum(name, one, view, hparams)[0] for name, one in active.items() if one.by_position}
-            right = jnp.argmax(view.logits, -1) == view.labels
-            return sums | {"accuracy": jnp.sum(view.valid * view.labelled * right)}
+            choice = jnp.argmax(view.logits, -1)
+            sums["accuracy"] = jnp.sum(view.valid * view.labelled * (choice == view.labels))
+            if compares:
+                sums["agreement"] = jnp.sum(view.valid * (choice == _first_choice(view)))
+            return sums
 
         past = None if ema is None else jax.lax.stop_gradient(ema)
         said = tuple(outputs._replace(taps={}) for outputs in teachers.values())
@@ -382,6 +392,14 @@ def _view(positions: Positions, names: Sequence[str], hparams: Hparams, combine:
         labelled=row(_is_labelled(batch)).astype(jnp.float32),
         ema_logits=row(logits_of(positions.ema)) if scores and positions.ema is not None else None,
     )
+
+
+def _first_choice(view: View) -> Array:
+    """The class that the teachers find most likely, [n]."""
+    if view.signal is None:
+        return jnp.argmax(view.teacher_logits(1.0), axis=-1)
+    best = jnp.argmax(view.signal.log_probs, axis=-1, keepdims=True)
+    return jnp.take_along_axis(view.signal.ids, best, axis=-1)[..., 0]
 
 
 def _sum(name: str, one: _Active, view: View, hparams: Hparams) -> tuple[Array, Any]:

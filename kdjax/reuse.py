@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from kdjax import sharding
 from kdjax.errors import UserError
 from kdjax.losses import projectors
 from kdjax.model import EVERY, Array, Model, Outputs, Params, Variables, tap_shapes
@@ -75,7 +76,7 @@ def reuse_classifier(student: Model, teacher: Model, inputs: Array) -> Model:
 
 def with_classifier(model: Model, teacher_variables: Variables) -> Model:
     """A model of ``reuse_classifier`` whose ``init`` puts in the classifier of these weights."""
-    classifier = jax.device_get(teacher_variables["params"][HEAD])
+    classifier = sharding.to_host(teacher_variables["params"][HEAD])
 
     def init(key: Array) -> Variables:
         variables = model.init(key)

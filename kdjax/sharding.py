@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from kdjax.errors import UserError, unknown
@@ -30,15 +31,16 @@ _TACTIC = re.compile(r"(replicate|fsdp|tensor:(-?\d)(\+fsdp)?)")
 _SMALLEST_SHARDED = 2**14  # elements; a smaller array costs more to gather than to keep
 
 
-def make_mesh(axes: Mapping[str, int]) -> Mesh:
-    """The device mesh, such as ``{"data": -1, "fsdp": 1}``; one axis may be -1 for all devices that are left.
+def make_mesh(axes: Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """The mesh of some devices, or of all, such as ``{"data": -1, "fsdp": 1}``; one axis may be -1 for all that are
+    left.
 
     Batches are split over every axis but ``tensor``; parameters over ``fsdp`` and ``tensor``, where a rule says so.
 
     Raises:
       UserError: the sizes do not fit the number of devices.
     """
-    devices = jax.devices()
+    devices = jax.devices() if devices is None else devices
     sizes = dict(axes)
     free = [name for name, size in sizes.items() if size == -1]
     fixed = math.prod(size for size in sizes.values() if size != -1)
@@ -54,6 +56,25 @@ def make_mesh(axes: Mapping[str, int]) -> Mesh:
     # Auto axes: the compiler places the collectives; JAX's default changed to Explicit.
     kinds = (AxisType.Auto,) * len(sizes)
     return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=kinds, devices=devices[:total])
+
+
+def make_meshes(axes: Mapping[str, int], teacher_axes: Mapping[str, int]) -> tuple[Mesh, Mesh | None]:
+    """The mesh of the student, and one of the last devices for the teachers alone, where they are to have some.
+
+    Raises:
+      UserError: as ``make_mesh``; the teachers' sizes do not say how many devices, or there are several processes.
+    """
+    if not teacher_axes:
+        return make_mesh(axes), None
+    if jax.process_count() > 1:
+        raise UserError("teacher_mesh is for the devices of one process: set train.overlap=True instead.")
+    devices, count = jax.devices(), math.prod(teacher_axes.values())
+    if not 0 < count < len(devices) or any(size < 1 for size in teacher_axes.values()):
+        raise UserError(
+            f"teacher_mesh {dict(teacher_axes)} should have 1 to {len(devices) - 1} of the {len(devices)} devices, and "
+            "leave some to the student: change its sizes, none of which may be -1."
+        )
+    return make_mesh(axes, devices[:-count]), make_mesh(teacher_axes, devices[-count:])
 
 
 def over_batch(mesh: Mesh) -> NamedSharding:
@@ -109,7 +130,31 @@ def by_rules(tree: Any, mesh: Mesh, rules: Rules, *, members: int = 0) -> Any:
 def put_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
     """Puts this process's share of a batch on its devices, as global arrays split over the mesh."""
     sharding = over_batch(mesh)
-    return {name: jax.make_array_from_process_local_data(sharding, value) for name, value in batch.items()}
+    with jax.transfer_guard_host_to_device("allow"):  # it is asked for here, which JAX does not see over processes
+        return {name: jax.make_array_from_process_local_data(sharding, value) for name, value in batch.items()}
+
+
+def abstract_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
+    """What ``put_batch`` makes of a process's share of a batch, as shapes."""
+    size, place = global_size(batch), over_batch(mesh)
+    dtype = jax.dtypes.canonicalize_dtype
+    return {k: jax.ShapeDtypeStruct((size, *x.shape[1:]), dtype(x.dtype), sharding=place) for k, x in batch.items()}
+
+
+def global_size(batch: Mapping[str, np.ndarray]) -> int:
+    """How many examples all processes have together, of a process's share of a batch."""
+    return len(next(iter(batch.values()))) * jax.process_count()
+
+
+def to_host(tree: Any) -> Any:
+    """A tree of whole arrays on the host, in every process, also of what is split over processes."""
+
+    def fetch(x: Any) -> Any:
+        if isinstance(x, jax.Array) and not x.is_fully_addressable and not x.is_fully_replicated:
+            return multihost_utils.process_allgather(x, tiled=True)
+        return jax.device_get(x)
+
+    return jax.tree.map(fetch, tree)
 
 
 def check_batch(batch_size: int, mesh: Mesh, accumulate: int = 1, what: str = "data.batch_size") -> None:

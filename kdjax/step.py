@@ -1,7 +1,7 @@
 """The step: the teachers' forward pass and the students' update, as one pure function for the caller to jit."""
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +15,19 @@ from kdjax.state import TrainState, parted, trainable
 HPARAMS = "hparams/"  # what the names of hyperparameters among the metrics begin with
 Metrics = dict[str, tuple[Array, Array]]
 Step = Callable[[TrainState, Mapping[str, Variables], Batch, Hparams], tuple[TrainState, Metrics]]
+Lesson = tuple[Batch, dict[str, Outputs]]  # a batch as it is learned from, and what each teacher says of it
+
+
+class Parts(NamedTuple):
+    """A step in two, so that the teachers may be a batch ahead of the student: ``step`` is one after the other.
+
+    Attributes:
+      teach: ``teach(teacher_variables, batch, view_key) -> lesson``.
+      learn: ``learn(state, lesson, hparams) -> (state, metrics)``.
+    """
+
+    teach: Callable[[Mapping[str, Variables], Batch, Array], Lesson]
+    learn: Callable[[TrainState, Lesson, Hparams], tuple[TrainState, Metrics]]
 
 
 def make_train_step(
@@ -29,6 +42,7 @@ def make_train_step(
     ema_decay: float = 0.0,
     members: int = 0,
     chunk: int = 0,
+    skip_nan: bool = False,
 ) -> Step:
     """Makes ``step(state, teacher_variables, batch, hparams) -> (state, metrics)``.
 
@@ -52,11 +66,43 @@ def make_train_step(
         states and hparams then have a leading dimension of that size.
       chunk: how many members run at a time, a divisor of ``members``: all of them are one ``vmap``, fewer are a loop
         over smaller ones. 0 for all.
+      skip_nan: a step whose loss or gradient is not finite changes nothing but the number of steps, and has no metric
+        but ``skipped``; without it such a step is made like any other.
 
     Returns:
       The step. Metrics are float32 (sum, count) pairs, with a leading dimension in a population: ``loss``, each term,
-      ``accuracy`` (on labelled examples), ``grad_norm``, and each hyperparameter as used, under ``hparams/NAME``.
+      ``accuracy`` (on labelled examples), ``agreement`` (how often student and teachers have the same first choice),
+      ``grad_norm``, ``update_norm``, with ``skip_nan`` also ``skipped``, and each hyperparameter as used, under
+      ``hparams/NAME``.
     """
+    step, _ = _make(**locals())
+    return step
+
+
+def make_parts(
+    student: Model,
+    teachers: Mapping[str, Model],
+    objective: Objective,
+    optimizer: optax.GradientTransformation,
+    **options: Any,
+) -> Parts:
+    """The step of ``make_train_step``, of the same arguments without ``accumulate``, in its two parts."""
+    return _make(student, teachers, objective, optimizer, **options)[1]
+
+
+def _make(
+    student: Model,
+    teachers: Mapping[str, Model],
+    objective: Objective,
+    optimizer: optax.GradientTransformation,
+    preprocess: Callable[[Batch, Array], Batch] | None = None,
+    hparams_at: Callable[[Hparams, Array], Hparams] | None = None,
+    accumulate: int = 1,
+    ema_decay: float = 0.0,
+    members: int = 0,
+    chunk: int = 0,
+    skip_nan: bool = False,
+) -> tuple[Step, Parts]:
     optimizer = optax.with_extra_args_support(optimizer)
     if not objective.uses_teacher:
         teachers = {}
@@ -99,7 +145,14 @@ def make_train_step(
             opt_state=opt_state,
             ema=optax.incremental_update(params, state.ema, 1.0 - ema_decay) if ema_decay else state.ema,
         )
-        return new, sums | {"grad_norm": optax.tree.norm(grads)}
+        sums = sums | {"grad_norm": optax.tree.norm(grads), "update_norm": optax.tree.norm(updates)}
+        if not skip_nan:
+            return new, sums, jnp.ones((), jnp.float32)
+        good = jnp.isfinite(sums["loss"]) & jnp.isfinite(sums["grad_norm"])
+        keep = lambda new, old: jnp.where(good, new, old)
+        # Zeros, since a sum that is not finite would make NaN of the window's mean even with a count of 0.
+        sums = {name: keep(total, jnp.zeros_like(total)) for name, total in sums.items()}
+        return jax.tree.map(keep, new, state), sums, good.astype(jnp.float32)
 
     def taught_by(teacher_variables, batch):
         outputs = {}
@@ -109,9 +162,23 @@ def make_train_step(
         # One by one: a map over the dict would sort the teachers, and the first one is the one that is tapped.
         return {name: jax.lax.stop_gradient(output) for name, output in outputs.items()}
 
+    def prepared(batch, view_key):
+        return preprocess(batch, view_key) if preprocess else batch
+
+    def teach(teacher_variables, batch, view_key):
+        batch = prepared(batch, view_key)
+        return batch, taught_by(teacher_variables, batch)
+
+    def learn(state, lesson, hparams):
+        batch, taught = lesson
+        return learn_of(state, batch, lambda _: taught, hparams)
+
     def step(state, teacher_variables, batch, hparams):
-        if preprocess:
-            batch = preprocess(batch, state.view_key)
+        batch = prepared(batch, state.view_key)
+        return learn_of(state, batch, lambda part: taught_by(teacher_variables, part), hparams)
+
+    def learn_of(state, batch, taught_of, hparams):
+        """A step on a batch, of each part of which ``taught_of`` says what the teachers say."""
         counts = objective.counts(batch)
         shared = (state.step, state.view_key)
         state = state._replace(step=None, view_key=None)  # what is left has the members' dimension
@@ -120,7 +187,7 @@ def make_train_step(
 
         def part(state, batch, number):
             """All students' gradients on a part of the batch, of which the teachers run once."""
-            taught: dict[str, Outputs] = taught_by(teacher_variables, batch)
+            taught: dict[str, Outputs] = taught_of(batch)
 
             def one(state, values):
                 key = jax.random.fold_in(state.key, shared[0])
@@ -130,16 +197,16 @@ def make_train_step(
             return every_member(one)(state, values)
 
         grads, found = part(state, batch, 0) if accumulate == 1 else _accumulated(part, accumulate, state, batch)
-        state, sums = every_member(update)(state, grads, found, values)
+        state, sums, good = every_member(update)(state, grads, found, values)
         state = state._replace(step=shared[0] + 1, view_key=shared[1])
 
-        wide = lambda count: jnp.broadcast_to(count, (members,)) if members else count
-        one = wide(jnp.ones((), jnp.float32))
-        metrics = {name: (total, wide(counts[name]) if name in counts else one) for name, total in sums.items()}
+        one = jnp.ones_like(good)
+        metrics = {name: (total, good * counts.get(name, 1.0)) for name, total in sums.items()}
+        metrics |= {"skipped": (one - good, one)} if skip_nan else {}
         metrics |= {f"{HPARAMS}{name}": (jnp.asarray(value, jnp.float32), one) for name, value in values.items()}
         return state, metrics
 
-    return step
+    return step, Parts(teach, learn)
 
 
 def _over_members(members: int, chunk: int) -> Callable[[Callable], Callable]:

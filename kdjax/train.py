@@ -1,12 +1,9 @@
 """One arm of a run: build, restore, loop. The order of operations in :func:`run` is the law: resume depends on it."""
 
 import contextlib
-import math
-import signal
-import threading
-import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -15,18 +12,20 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from kdjax import sharding, state
+from kdjax import advance, memory, sharding, state
+from kdjax.advance import Advance, Program
 from kdjax.checkpoint import Checkpoints
+from kdjax.clock import Clock, Profile, Watchdog
 from kdjax.errors import UserError
+from kdjax.interrupts import Interrupted, Signals
+from kdjax.log import Log, Writer
 from kdjax.model import Variables, first_mismatch
 from kdjax.objective import Objective
 from kdjax.state import TrainState
-from kdjax.step import HPARAMS, Step
-from kdjax.writers import JsonlWriter, Progress, TensorBoardWriter
+from kdjax.step import Parts, Step
 
 # With several CPU devices in a process, more than about 32 steps in flight deadlock without a message.
 MAX_IN_FLIGHT = 16
-Writer = JsonlWriter | TensorBoardWriter
 
 
 class Stage(NamedTuple):
@@ -37,6 +36,7 @@ class Stage(NamedTuple):
     step: Step
     hparams: Any  # host values of the schedules that the step takes
     objective: Objective | None = None  # what it minimises, for those who look into it
+    parts: Parts | None = None  # the step in two, where the teachers are to be a batch ahead
 
 
 class Keys(NamedTuple):
@@ -61,15 +61,20 @@ class Arm(NamedTuple):
     teacher_rules: sharding.Rules = ((".*", "replicate"),)
     members: int = 0  # how many students, each with its share of every metric; 0 for a plain run
     first: Callable[[], Variables] | None = None  # makes the model at step 0; that of ``create`` without it
+    teacher_mesh: Mesh | None = None  # devices of the teachers' own, for stages in parts
 
 
 class Every(NamedTuple):
-    """How often things happen, in steps; 0 is never (a checkpoint is always written at the end of an arm)."""
+    """When things happen, in steps if not said otherwise; 0 is never (a checkpoint is always written at the end)."""
 
     log: int = 20
     evaluate: int = 0
     save: int = 0
     stop_on_nan: bool = True
+    skip_nan: int = 0  # how many steps in a row may be skipped for NaN, where the step skips them at all
+    stall_s: float = 0.0  # of seconds in which nothing moves: say what is waited for
+    exit_s: float = 0.0  # and then end the process
+    profile: tuple[int, int] | None = None  # the first and the last step of a profiler trace
 
 
 class Finished(NamedTuple):
@@ -77,14 +82,6 @@ class Finished(NamedTuple):
 
     state: TrainState
     examples_per_s: float | None
-
-
-class Interrupted(Exception):
-    """SIGTERM or SIGINT came; the state is saved. ``signal`` is its number."""
-
-    def __init__(self, message: str, number: int):
-        super().__init__(message)
-        self.signal = number
 
 
 def run(
@@ -96,7 +93,8 @@ def run(
     meta: Mapping[str, Any] | None = None,
     writers: Sequence[Writer] = (),
     evaluate: Callable[[Variables], float] | None = None,
-    programs: dict[Step, tuple[Callable, list[str]]] | None = None,
+    programs: dict[Step, Program] | None = None,
+    profile: Path | None = None,
     say: Callable[[str], None] = print,
 ) -> Finished:
     """Trains an arm to its last step, from its newest checkpoint if there is one.
@@ -110,102 +108,98 @@ def run(
       writers: take a line of metrics at each log.
       evaluate: ``evaluate(variables) -> accuracy``.
       programs: the compiled steps so far, for runs that share them; what is compiled here is added.
+      profile: the folder of a profiler trace of the steps ``every.profile``.
       say: takes a sentence for the user.
 
     Raises:
-      UserError: the loss is NaN, the teacher is not the one that the checkpoint was trained with, or the disk is full.
+      UserError: the loss is NaN, the teacher is not the one that the checkpoint was trained with, the disk is full, or
+        the devices have too little memory.
       Interrupted: a signal came; the state is saved.
     """
-    meta, every = dict(meta or {}), every or Every()
-    current, done, clock = _start(arm, mesh, checkpoints, meta, say)
-    for writer in writers:
-        writer.truncate(arm.name, done)
-    shardings = jax.tree.map(lambda x: x.sharding, current)
-    teachers = put_teachers(arm.teacher_variables, mesh, arm.teacher_rules)
+    meta, every, clock = dict(meta or {}), every or Every(), Clock()
+    alone = programs is None  # else it is one of many, of which nobody wants to read a line each
+    programs = {} if programs is None else programs
     last_step = arm.stages[-1].stop
-    log = _Log(arm, every, writers, (done, clock.seconds), last_step)
+    trees = _trees(arm, mesh)
+    needs = {what: memory.per_device(tree) for what, tree in trees.items()}
+    memory.check(arm.name, needs, mesh.local_devices[0])
+    with contextlib.ExitStack() as stack:
+        signals = stack.enter_context(Signals())
+        watchdog = stack.enter_context(Watchdog(arm.name, clock, every.stall_s, every.exit_s))
+        with clock.on("restore"):
+            current, done, before = _start(arm, mesh, checkpoints, meta, say)
+            teachers = put_teachers(arm.teacher_variables, arm.teacher_mesh or mesh, arm.teacher_rules)
+        log = stack.enter_context(Log(arm, every, writers, clock, checkpoints))
+        log.begin(done)
+        trace = stack.enter_context(Profile(every.profile, profile))
 
-    with _Signals() as signals, log.progress:
+        def save(done: int, state: TrainState, accuracy: float | None = None) -> None:
+            assert checkpoints is not None
+            with clock.on("save"):
+                checkpoints.save(done, state, {**meta, "seconds": before + clock.training()}, accuracy)
+
         for stage in arm.stages:
             if done >= stage.stop:
                 continue
             batches = arm.batches(done)
-            first: dict[str, jax.Array] | None = sharding.put_batch(next(batches), mesh)
-            hparams = jax.device_put(stage.hparams, sharding.replicated(mesh))
-            if programs is None or stage.step not in programs:
-                compiled = compile_step(stage.step, mesh, shardings, current, teachers, first, hparams)
-                programs = {} if programs is None else programs
-                programs[stage.step] = compiled
-            step, names = programs[stage.step]
+            with clock.on("input"):
+                fetched = deque([next(batches)])
+            with clock.on("compile"):
+                step, (compiled, names) = _compiled(arm, stage, mesh, current, teachers, fetched[0], programs)
+            fits = memory.check(arm.name, needs | {"activations": _temporary(compiled)}, mesh.local_devices[0])
+            if alone:
+                say(fits)
+                for what, rules in (("teacher", arm.teacher_rules), ("student", arm.rules)) if mesh.size > 1 else ():
+                    for whole in memory.replicated(trees[what], mesh, rules)[:3]:
+                        say(f"  whole on every device: {what} {whole}")
+
+            def next_batch(fetched=fetched, batches=batches):
+                with clock.on("input"):
+                    return fetched.popleft() if fetched else next(batches)
+
+            if signals.received:  # while it was compiled
+                if checkpoints and done and checkpoints.latest_step() != done:
+                    save(done, current)
+                raise _interrupted(arm, done, checkpoints, signals.received)
             pending: deque[tuple[int, jax.Array]] = deque()
-            clock.resume()
-            # NOTE: do not change the order of operations. The batch is fetched after the save, and its position is the
+            # NOTE: do not change the order of operations. Batches are fetched after the save, and their position is the
             # step number, so a resumed run sees the batches that this one would have seen.
             with jax.transfer_guard("disallow"):
                 while done < stage.stop:
-                    batch = first if first is not None else sharding.put_batch(next(batches), mesh)
-                    first = None
-                    current, packed = step(current, teachers, batch, hparams)
+                    trace.begin(done + 1)
+                    current, packed = step(current, next_batch, done + 1 == stage.stop)
                     done += 1
                     pending.append((done, packed))
+                    watchdog.moved(done)
                     # Read once: a signal that comes while this step is handled is the next one's, which then saves.
-                    stopping = signals.received
+                    stopping = signals.stopping()
                     evaluates = evaluate is not None and _due(done, every.evaluate, last_step)
                     saves = checkpoints is not None and (_due(done, every.save, last_step) or stopping)
                     # NaN must never reach a checkpoint, so all that is in flight is read before a save.
-                    bound = 0 if evaluates or saves or done == stage.stop else MAX_IN_FLIGHT
+                    bound = 0 if evaluates or saves or done == stage.stop or trace.ends_at(done) else MAX_IN_FLIGHT
                     while len(pending) > bound:
-                        log.take(*pending.popleft(), names, stage.stop, clock, checkpoints)
-                    if evaluates or saves:
-                        clock.pause()
-                        accuracy = evaluate(state.inference_variables(current)) if evaluate and evaluates else None
+                        log.take(*pending.popleft(), names, stage.stop)
+                    trace.end(done)
+                    accuracy = None
+                    if evaluate and evaluates:
+                        with clock.on("evaluate"):
+                            accuracy = evaluate(state.inference_variables(current))
                         log.evaluated(done, accuracy)
-                        if checkpoints and saves:
-                            checkpoints.save(done, current, {**meta, "seconds": clock.seconds}, accuracy)
-                        if done < stage.stop:
-                            clock.resume()
+                    if saves:
+                        save(done, current, accuracy)
                     if stopping:
                         raise _interrupted(arm, done, checkpoints, stopping)
-            clock.pause()
         if signals.received:  # during the last step, whose state is saved as any arm's end is
             raise _interrupted(arm, done, checkpoints, signals.received)
     if checkpoints:
         checkpoints.wait()
-    rate = done * arm.batch_size / clock.seconds if clock.seconds else None
-    return Finished(current, rate)
-
-
-def compile_step(step: Step, mesh: Mesh, shardings: TrainState, *args: Any) -> tuple[Callable, list[str]]:
-    """Compiles a step ahead of time: ``(compiled, metric names)``, where ``compiled`` returns ``(state, [2,
-    metrics])``.
-
-    Only the state is donated. All metrics come back as one array of sums and counts, since each array that the host
-    fetches costs about as much as a small one.
-    """
-    names: list[str] = []
-
-    def packed(state, teachers, batch, hparams):
-        state, metrics = step(state, teachers, batch, hparams)
-        names[:] = metrics
-        return state, jnp.stack(
-            [jnp.stack([jnp.asarray(v, jnp.float32) for v in pair]) for pair in zip(*metrics.values(), strict=True)]
-        )
-
-    in_shardings = (shardings, *(jax.tree.map(lambda x: x.sharding, arg) for arg in args[1:]))
-    jitted = jax.jit(
-        packed,
-        donate_argnums=0,
-        in_shardings=in_shardings,
-        out_shardings=(shardings, sharding.replicated(mesh)),
-    )
-    return jitted.lower(*args).compile(), names
+    seconds = before + clock.training()
+    return Finished(current, done * arm.batch_size / seconds if seconds else None)
 
 
 def abstract_state(arm: Arm, mesh: Mesh) -> TrainState:
     """The shapes, dtypes and shardings of an arm's state, without any memory."""
-    shapes = jax.eval_shape(arm.create, arm.keys)
-    shardings = sharding.by_rules(shapes, mesh, arm.rules, members=arm.members)
-    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
+    return _placed(jax.eval_shape(arm.create, arm.keys), mesh, arm.rules, arm.members)
 
 
 def fresh_state(arm: Arm, mesh: Mesh) -> TrainState:
@@ -232,10 +226,11 @@ def fresh_state(arm: Arm, mesh: Mesh) -> TrainState:
     )
 
 
-def _start(arm, mesh, checkpoints, meta, say) -> tuple[TrainState, int, "_Clock"]:
+def _start(arm, mesh, checkpoints, meta, say) -> tuple[TrainState, int, float]:
+    """``(state, steps done, seconds trained)``: of the newest checkpoint, or of step 0."""
     restored = checkpoints.restore_newest(abstract_state(arm, mesh), say) if checkpoints else None
     if restored is None:
-        return fresh_state(arm, mesh), 0, _Clock(0.0)
+        return fresh_state(arm, mesh), 0, 0.0
     current, saved = restored
     for name in meta:
         if saved.get(name) != meta[name]:
@@ -245,14 +240,50 @@ def _start(arm, mesh, checkpoints, meta, say) -> tuple[TrainState, int, "_Clock"
             )
     if saved["step"] < arm.stages[-1].stop:
         say(f"{arm.name}: resuming from step {saved['step']}.")
-    return current, saved["step"], _Clock(saved["seconds"])
+    return current, saved["step"], saved["seconds"]
 
 
 def _interrupted(arm: Arm, done: int, checkpoints: Checkpoints | None, number: int) -> Interrupted:
     if checkpoints:
         checkpoints.wait()
-    kept = "its state is saved" if checkpoints else "nothing was to be saved"
+    kept = "its state is saved" if checkpoints and checkpoints.latest_step() == done else "nothing was to be saved"
     return Interrupted(f"{arm.name} stopped by a signal at step {done}; {kept}.", number)
+
+
+def _compiled(
+    arm: Arm, stage: Stage, mesh: Mesh, current: TrainState, teachers: Any, batch: Any, programs: dict[Any, Any]
+) -> tuple[Advance, Program]:
+    """How a stage goes from batch to batch, and its compiled step."""
+    common = (current, teachers, batch, jax.device_put(stage.hparams, sharding.replicated(mesh)), programs)
+    if stage.parts is None:
+        return advance.plain(stage.step, mesh, *common)
+    if arm.teacher_mesh is None:
+        return advance.overlapped(stage.step, stage.parts, mesh, *common)
+    return advance.on_two_meshes(stage.step, stage.parts, mesh, arm.teacher_mesh, *common)
+
+
+def _trees(arm: Arm, mesh: Mesh) -> dict[str, Any]:
+    """The shapes and shardings of what an arm keeps on the devices of the student."""
+    state = abstract_state(arm, mesh)
+    teachers = dict(arm.teacher_variables) if arm.teacher_mesh is None else {}
+    return {
+        "teacher": _placed(teachers, mesh, arm.teacher_rules),
+        "student": {"params": state.params, "state": state.model_state, "average": state.ema},
+        "optimiser": state.opt_state,
+        "objective": state.learned,
+    }
+
+
+def _temporary(compiled: Any) -> int:
+    """The bytes of each device that a compiled step needs besides its arguments."""
+    found = compiled.memory_analysis()
+    return found.temp_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes
+
+
+def _placed(tree: Any, mesh: Mesh, rules: sharding.Rules, members: int = 0) -> Any:
+    """The shapes, dtypes and shardings of a tree of arrays or shapes."""
+    shardings = sharding.by_rules(tree, mesh, rules, members=members)
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings)
 
 
 def put_teachers(teacher_variables: Mapping[str, Variables], mesh: Mesh, rules: sharding.Rules) -> dict[str, Variables]:
@@ -263,6 +294,8 @@ def put_teachers(teacher_variables: Mapping[str, Variables], mesh: Mesh, rules: 
     def put(x: Any, sharding: Any) -> jax.Array:
         if isinstance(x, jax.Array) and x.sharding == sharding:
             return x
+        if isinstance(x, jax.Array) and not x.is_fully_addressable:  # on the same devices, in another way
+            return jax.jit(lambda x: x, out_shardings=sharding)(x)
         # From NumPy: device_put of a JAX array over several processes builds a broken one.
         return jax.device_put(np.asarray(jax.device_get(x)), sharding)
 
@@ -271,108 +304,3 @@ def put_teachers(teacher_variables: Mapping[str, Variables], mesh: Mesh, rules: 
 
 def _due(done: int, every: int, last: int) -> bool:
     return done == last or (every > 0 and done % every == 0)
-
-
-class _Clock:
-    """Seconds of training, without the pauses for compiling, evaluating and saving."""
-
-    def __init__(self, seconds: float):
-        self.seconds = seconds
-        self._since: float | None = None
-
-    def resume(self) -> None:
-        self._since = time.perf_counter()
-
-    def pause(self) -> None:
-        if self._since is not None:
-            self.seconds += time.perf_counter() - self._since
-            self._since = None
-
-    def now(self) -> float:
-        return self.seconds + (time.perf_counter() - self._since if self._since is not None else 0.0)
-
-
-class _Log:
-    """Gathers the metrics of the steps into one line every ``every.log`` steps, and stops the run at a NaN."""
-
-    def __init__(self, arm: Arm, every: Every, writers: Sequence[Writer], began: tuple[int, float], last_step: int):
-        self.arm, self.every, self.writers = arm, every, writers
-        self.began = began  # (step, seconds)
-        self.progress = Progress(arm.name, last_step, began[0])
-        self._window: list[np.ndarray] = []
-
-    def take(
-        self,
-        number: int,
-        packed: jax.Array,
-        names: list[str],
-        last: int,
-        clock: _Clock,
-        checkpoints: Checkpoints | None,
-    ) -> None:
-        pairs = jax.device_get(packed)
-        broken = [name for name, value in zip(names, pairs[0], strict=True) if not np.isfinite(value).all()]
-        if broken and self.every.stop_on_nan:
-            raise _not_finite(self.arm.name, number, broken, checkpoints)
-        self._window.append(pairs)
-        if _due(number, self.every.log, last):  # stages have their own metrics, so a window ends with its stage
-            self._write(number, names, clock)
-
-    def _write(self, number: int, names: list[str], clock: _Clock) -> None:
-        sums, counts = np.asarray(self._window, np.float64).sum(axis=0)
-        means = np.where(counts > 0, sums / np.maximum(counts, 1e-30), math.nan)
-        values, hparams = {}, {}
-        for index, name in enumerate(names):
-            if name.startswith(HPARAMS):  # as it was at this step, not the window's mean
-                hparams[name.removeprefix(HPARAMS)] = float(self._window[-1][0][index].mean())
-            else:
-                values[name] = float(means[index].mean())
-        members = {}
-        if self.arm.members:
-            members = {"members": {name: means[names.index(name)].tolist() for name in ("loss", "accuracy")}}
-        rate = (number - self.began[0]) * self.arm.batch_size / max(clock.now() - self.began[1], 1e-9)
-        self._window = []
-        self.progress.update(number, {k: v for k, v in values.items() if k != "grad_norm"}, rate)
-        for writer in self.writers:
-            record = {"arm": self.arm.name, "step": number, **values, "hparams": hparams, "examples_per_s": rate}
-            writer.write(record | members)
-
-    def evaluated(self, number: int, accuracy: float | None) -> None:
-        if accuracy is not None:
-            for writer in self.writers:
-                writer.write({"arm": self.arm.name, "step": number, "eval_accuracy": accuracy})
-
-
-def _not_finite(arm: str, number: int, names: list[str], checkpoints: Checkpoints | None) -> UserError:
-    terms = [name for name in names if name not in ("loss", "grad_norm")] or names
-    remedy = "no checkpoint was written before"
-    if checkpoints and checkpoints.latest_step():
-        remedy = f"the last good checkpoint is step {checkpoints.latest_step()} in {checkpoints.folder}"
-    return UserError(
-        f"{arm} is not finite at step {number} (in {', '.join(terms)}); {remedy}: lower optimizer.learning_rate, set "
-        "optimizer.clip_norm, or look at the data of that step."
-    )
-
-
-class _Signals(contextlib.AbstractContextManager):
-    """Turns SIGTERM and SIGINT into a flag, so that the loop can save first; a second one ends the process."""
-
-    def __init__(self) -> None:
-        self.received = 0
-        self._previous: dict[int, Any] = {}
-
-    def __enter__(self) -> "_Signals":
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGINT):
-                self._previous[number] = signal.signal(number, self._receive)
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-
-    def _receive(self, number: int, _: Any) -> None:
-        if self.received:
-            signal.signal(number, self._previous[number])
-            signal.raise_signal(number)
-        self.received = number

@@ -67,7 +67,7 @@ def test_size_does_not_depend_on_anything_but_the_student(tmp_path):
     assert biggest_file(tmp_path).stat().st_size < 3 * sum(x.size * 4 for x in stored.values() if hasattr(x, "nbytes"))
 
 
-@pytest.mark.parametrize("damage", ["flip", "truncate", "delete"])
+@pytest.mark.parametrize("damage", ["flip", "truncate", "delete", "describe"])
 def test_damaged_newest_falls_back_and_says_so(tmp_path, damage):
     save(tmp_path, [1, 2])
     file = biggest_file(tmp_path / "2" / "train")
@@ -78,6 +78,8 @@ def test_damaged_newest_falls_back_and_says_so(tmp_path, damage):
         file.write_bytes(data)
     elif damage == "truncate":
         file.write_bytes(data[: len(data) // 2])
+    elif damage == "describe":
+        (tmp_path / "2" / "_CHECKPOINT_METADATA").write_text("[]")
     else:
         file.unlink()
     said = []
@@ -89,8 +91,9 @@ def test_damaged_newest_falls_back_and_says_so(tmp_path, damage):
 
 
 def test_every_flipped_bit_of_a_leaf_changes_its_checksum():
-    from kdjax.checkpoint import _checksums
+    from kdjax import checkpoint
 
+    _checksums = checkpoint._checksums(None)
     leaf = np.arange(6, dtype=np.float32).reshape(2, 3)
     whole = int(_checksums(leaf))
     for byte in range(leaf.nbytes):

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import pytest
 
-from kdjax import build, sharding, train
+from kdjax import advance, build, sharding, train
 from kdjax import config as configs
 from kdjax.errors import UserError
 from kdjax.model import parameter_count
@@ -155,7 +155,7 @@ def test_two_steps_on_data_of_its_shape(name, variant):
         sharding.put_batch(next(batches), mesh),
         jax.device_put(stage.hparams, sharding.replicated(mesh)),
     )
-    step, names = train.compile_step(stage.step, mesh, shardings, state, *args)
+    step, names = advance.compile_step(stage.step, mesh, shardings, state, *args)
     for _ in range(2):
         state, packed = step(state, *args)
         sums, counts = jax.device_get(packed)

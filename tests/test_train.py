@@ -2,35 +2,44 @@
 
 import itertools
 import json
+import re
+import shutil
 import signal
+import subprocess
+import sys
 import threading
+import time
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
-from kdjax import sharding, state, train
+from kdjax import advance, sharding, state, train
 from kdjax.checkpoint import Checkpoints, digest
 from kdjax.data import pipeline
 from kdjax.errors import UserError
+from kdjax.model import Model, Outputs
 from kdjax.objective import make_objective
 from kdjax.recipes import distill as recipe
-from kdjax.step import make_train_step
+from kdjax.step import make_parts, make_train_step
 from kdjax.writers import JsonlWriter, read_jsonl
 from tests.helpers import digits, equal_trees, small, tiny_config
 
 QUIET = lambda sentence: None
 
 
-def make_arm(stops=(12,), batches=None, optimizer=None):
+def make_arm(stops=(12,), batches=None, optimizer=None, ahead=False, teacher_mesh=None, **options):
     student, teacher = small(8, norm=True, dropout=0.2, features=64), small(16)
     optimizer = optimizer or optax.adam(1e-3)
     stages = []
     for start, stop in itertools.pairwise((0, *stops)):
         objective = make_objective({"kl": {"weight": 0.9, "temperature": 4.0 + start}, "ce": {"weight": 0.1}})
-        step = make_train_step(student, {"teacher": teacher}, objective, optimizer)
-        stages.append(train.Stage(start, stop, step, {k: np.float32(v) for k, v in objective.hparams.items()}))
+        made = (student, {"teacher": teacher}, objective, optimizer)
+        hparams = {k: np.float32(v) for k, v in objective.hparams.items()}
+        parts = make_parts(*made, **options) if ahead else None
+        stages.append(train.Stage(start, stop, make_train_step(*made, **options), hparams, objective, parts))
     return train.Arm(
         name="student",
         create=lambda keys: state.create_state(student, optimizer, keys.student),
@@ -39,15 +48,16 @@ def make_arm(stops=(12,), batches=None, optimizer=None):
         batches=batches or (lambda first: float_batches(first)),
         batch_size=32,
         teacher_variables={"teacher": teacher.init(jax.random.key(7))},
+        teacher_mesh=teacher_mesh,
     )
 
 
-def float_batches(first, poison_at=None):
+def float_batches(first, poison_at=()):
     for number, batch in enumerate(
         pipeline.train_batches(digits().train, batch_size=32, seed=3, start_step=first), first
     ):
         inputs = batch["inputs"].astype(np.float32) / 16.0
-        yield {**batch, "inputs": np.full_like(inputs, np.nan) if number == poison_at else inputs}
+        yield {**batch, "inputs": np.full_like(inputs, np.nan) if number in poison_at else inputs}
 
 
 def run(arm, folder=None, every=None, meta=None, devices=1, writers=()):
@@ -75,16 +85,18 @@ class Killed(Exception):
     pass
 
 
+def until(first, number, error):
+    """The batches up to a step, at which an error is raised."""
+    for place, batch in enumerate(float_batches(first), first):
+        if place == number:
+            raise error
+        yield batch
+
+
 @pytest.mark.parametrize("dies_at", [1, 5, 7, 11])
 def test_resumes_bit_for_bit_from_wherever_it_died(tmp_path, uninterrupted, dies_at):
-    def dying(first):
-        for number, batch in enumerate(float_batches(first), first):
-            if number == dies_at:
-                raise Killed
-            yield batch
-
     with pytest.raises(Killed):
-        run(make_arm(batches=dying), tmp_path)
+        run(make_arm(batches=lambda first: until(first, dies_at, Killed)), tmp_path)
     assert equal_trees(run(make_arm(), tmp_path).state, uninterrupted)
 
 
@@ -138,10 +150,82 @@ def test_a_signal_while_a_step_is_being_handled_is_not_lost_and_saves_first(
 
 
 def test_nan_stops_with_step_cause_and_last_good_checkpoint(tmp_path):
-    arm = make_arm(batches=lambda first: float_batches(first, poison_at=8))
+    arm = make_arm(batches=lambda first: float_batches(first, poison_at=(8,)))
     with pytest.raises(UserError, match=r"not finite at step 9 \(in ce, kl\); the last good checkpoint is step 5"):
         run(arm, tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir() if p.name.isdigit()) == ["5"]
+
+
+def test_steps_that_are_not_finite_are_left_out_and_counted_until_too_many_follow_each_other(tmp_path):
+    def poisoned(*places):
+        return make_arm(batches=lambda first: float_batches(first, poison_at=places), skip_nan=True)
+
+    every = train.Every(log=4, save=1, skip_nan=2)
+    with JsonlWriter(tmp_path / "metrics.jsonl") as writer, Checkpoints(tmp_path / "c", keep=12) as checkpoints:
+        arm, mesh = poisoned(4, 8, 9), sharding.make_mesh({"data": 1})
+        train.run(arm, mesh, every=every, checkpoints=checkpoints, writers=[writer], say=QUIET)
+    records = read_jsonl(tmp_path / "metrics.jsonl")
+    assert [record["skipped"] for record in records] == [0, 1, 2]
+    assert all(np.isfinite([record[name] for name in ("loss", "kl", "grad_norm")]).all() for record in records)
+    after = {}
+    for step in ("8", "10"):  # steps 9 and 10 are of poisoned batches
+        (tmp_path / step).mkdir()
+        shutil.copytree(tmp_path / "c" / step, tmp_path / step / step)
+        with Checkpoints(tmp_path / step) as checkpoints:
+            after[step], _ = checkpoints.restore_newest(train.abstract_state(arm, mesh), QUIET)
+    assert int(after["10"].step) == 10
+    assert equal_trees(after["10"]._replace(step=after["8"].step), after["8"])
+    with pytest.raises(UserError, match=r"step 7 \(in loss or gradient, 3 steps in a row\)"):
+        run(poisoned(4, 5, 6), every=every)
+
+
+def test_nan_of_the_teacher_and_of_a_gradient_alone_are_seen():
+    arm = make_arm()
+    broken = jax.tree.map(lambda x: np.full(x.shape, np.nan, x.dtype), arm.teacher_variables)
+    with pytest.raises(UserError, match=r"not finite at step 1 \(in kl\)"):
+        run(arm._replace(teacher_variables=broken))
+    # The root of 0 has a value and no slope.
+    apply = lambda variables, inputs, **_: (
+        Outputs(jnp.sqrt(0.0 * variables["params"]["w"])[None] + jnp.zeros((4, 3))),
+        {},
+    )
+    model = Model(lambda key: {"params": {"w": jnp.ones(3)}, "state": {}}, apply)
+    optimizer, objective = optax.sgd(0.1), make_objective({"ce": {"weight": 1.0}})
+    batch = {"inputs": jnp.zeros((4, 1)), "labels": jnp.asarray([0, 1, 2, 0])}
+    for skip_nan in (False, True):
+        step = make_train_step(model, {}, objective, optimizer, skip_nan=skip_nan)
+        fresh = state.create_state(model, optimizer, jax.random.key(0))
+        new, metrics = jax.jit(step)(fresh, {}, batch, objective.hparams)
+        assert np.isfinite(new.params["w"]).all() == skip_nan
+        assert float(metrics["loss"][1]) == 1.0 - skip_nan
+    assert [float(x) for x in metrics["skipped"]] == [1.0, 1.0]
+
+
+def test_a_clock_that_jumps_changes_nothing(tmp_path, uninterrupted, monkeypatch):
+    real, jumps = time.time, itertools.cycle((0.0, 1e7, -1e7, 3.0))
+    monkeypatch.setattr(time, "time", lambda: real() + next(jumps))
+    with pytest.raises(Killed):
+        run(make_arm(batches=lambda first: until(first, 7, Killed)), tmp_path, train.Every(log=4, save=2))
+    with JsonlWriter(tmp_path / "metrics.jsonl") as writer:
+        found = run(make_arm(), tmp_path, train.Every(log=4, save=2), writers=[writer])
+    assert equal_trees(found.state, uninterrupted)
+    for record in (record for record in read_jsonl(tmp_path / "metrics.jsonl") if "seconds" in record):
+        assert record["examples_per_s"] > 0 and all(0 <= value < 1e4 for value in record["seconds"].values())
+
+
+def test_a_stalled_input_is_said_and_ends_the_process_where_that_is_asked_for(capfd):
+    def stalling(first):
+        for number, batch in enumerate(float_batches(first), first):
+            if number == 6:
+                time.sleep(1.5)
+            yield batch
+
+    run(make_arm(batches=stalling), every=train.Every(log=4, stall_s=0.3))
+    said = capfd.readouterr().err
+    assert re.search(r"student has waited \d s for the next batch of the input pipeline, after step 6", said)
+    code = "import time; from kdjax.clock import *; Watchdog('student', Clock(), 0.0, 0.2).__enter__(); time.sleep(60)"
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=50)
+    assert ended.returncode == 75 and "student stops: it has waited" in ended.stderr
 
 
 def test_another_teacher_is_refused(tmp_path):
@@ -158,7 +242,7 @@ def test_one_compile_a_stage_and_no_implicit_transfer():
         )
     )
     stages = []
-    original = train.compile_step
+    original = advance.compile_step
 
     def counting(*args):
         before = len(compiles)
@@ -166,11 +250,11 @@ def test_one_compile_a_stage_and_no_implicit_transfer():
         stages.append(len(compiles) - before)
         return result
 
-    train.compile_step = counting
+    advance.compile_step = counting
     try:
         run(make_arm(stops=(6, 12)))  # under transfer_guard("disallow"), in train.run
     finally:
-        train.compile_step = original
+        advance.compile_step = original
     assert stages == [1, 1]
     with jax.transfer_guard("disallow"), pytest.raises(Exception, match=r"[Dd]isallowed"):
         jax.jit(lambda x: x + 1)(np.ones(3))  # the guard does raise

@@ -4,6 +4,8 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.typing import ArrayLike
 
 from kdjax.errors import UserError
 from kdjax.model import Array, Model, Variables, logits_of
@@ -12,7 +14,7 @@ from kdjax.model import Array, Model, Variables, logits_of
 def generate(
     model: Model,
     variables: Variables,
-    prompt: Array,
+    prompt: ArrayLike,
     *,
     new_tokens: int,
     temperature: float = 0.0,
@@ -42,17 +44,19 @@ def generate(
       UserError: a prompt that is not [b, p], no token asked for, a negative temperature, no key to draw with, or more
         tokens than the model's context.
     """
-    prompt = jnp.asarray(prompt, jnp.int32)
-    if prompt.ndim != 2 or not prompt.size:
-        raise UserError(f"a prompt has the shape {prompt.shape}: it must be [rows, tokens], with a token or more.")
+    # On the host: with weights split over processes, nothing else may lie on the devices of one of them.
+    given = np.asarray(prompt, np.int32)
+    if given.ndim != 2 or not given.size:
+        raise UserError(f"a prompt has the shape {given.shape}: it must be [rows, tokens], with a token or more.")
     if new_tokens < 1:
         raise UserError(f"new_tokens is {new_tokens}: it must be 1 or more.")
     if not temperature >= 0:
         raise UserError(f"temperature is {temperature}: it must be 0 (the most probable token) or more.")
     if temperature and key is None:
         raise UserError(f"temperature is {temperature} and there is no key: pass key=jax.random.key(0) to draw tokens.")
-    buffer = jnp.pad(prompt, ((0, 0), (0, new_tokens)))
-    return _continue(model, variables, buffer, prompt.shape[1], temperature, key if temperature else None, stop)
+    buffer = np.pad(given, ((0, 0), (0, new_tokens)))
+    drawn_by = np.asarray(jax.random.key_data(key)) if temperature and key is not None else None
+    return _continue(model, variables, buffer, given.shape[1], temperature, drawn_by, stop)
 
 
 @partial(jax.jit, static_argnums=0)
@@ -62,10 +66,11 @@ def _continue(
     buffer: Array,
     start: int,
     temperature: float,
-    key: Array | None,
+    key_data: Array | None,
     stop: int | None,
 ) -> Array:
     """Fills the buffer from ``start``; the model is causal, so what still lies beyond a token does not matter."""
+    key = None if key_data is None else jax.random.wrap_key_data(key_data)
 
     def step(i: Array, tokens: Array) -> Array:
         outputs, _ = model.apply(variables, {"tokens": tokens}, train=False)

@@ -184,7 +184,7 @@ def _cell(
         "teacher_sha256": {key: study.teacher_sha256[key] for key in arm.teacher_variables},
     }
     config = experiment.config
-    every = train.Every(config.log.every, 0, config.checkpoint.every, config.train.stop_on_nan)
+    every = build.every_of(config)
     with (
         checkpoint.Checkpoints(folder, 1, False) as checkpoints,
         JsonlWriter(study.workdir / "metrics.jsonl") as writer,

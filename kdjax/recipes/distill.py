@@ -6,17 +6,16 @@ Between the teacher and the distilled student there may be links, assistants or 
 import contextlib
 import fcntl
 import functools
-import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import jax
 from ml_collections import ConfigDict
 
-from kdjax import build, checkpoint, results, train
+from kdjax import build, checkpoint, cluster, results, train
 from kdjax import config as configs
 from kdjax import experiment as experiments
 from kdjax.errors import UserError, unknown
@@ -26,7 +25,8 @@ from kdjax.recipes import difficulty, score_classification, score_language
 from kdjax.recipes.arms import Outcome, Trained
 from kdjax.state import inference_variables
 from kdjax.tasks import language
-from kdjax.writers import JsonlWriter, TensorBoardWriter, write_atomic
+from kdjax.untrusted import parse_json
+from kdjax.writers import JsonlWriter, TensorBoardWriter, WandbWriter, write_atomic
 
 Say = Callable[[str], None]
 # Scores all arms on the whole test set and writes results.json and report.html.
@@ -93,10 +93,10 @@ def saved_config(workdir: Path) -> ConfigDict:
     """The config that a workdir was made with."""
     path = Path(workdir) / "config.json"
     try:
-        return ConfigDict(json.loads(path.read_text())["config"], type_safe=False)
+        return ConfigDict(parse_json(path.read_text())["config"], type_safe=False)
     except FileNotFoundError as error:
         raise UserError(f"{workdir} is not a workdir of kdjax: it has no config.json.") from error
-    except (ValueError, KeyError, OSError) as error:
+    except (ValueError, TypeError, AttributeError, KeyError, OSError) as error:
         raise UserError(f"{path} cannot be read ({error}): restore it, or choose another --workdir.") from error
 
 
@@ -107,7 +107,14 @@ def claimed(workdir: Path, config: ConfigDict) -> Iterator[None]:
     Raises:
       UserError: it belongs to another config, another run is in it, or it cannot be written.
     """
-    workdir = Path(workdir)
+    # One process holds the workdir for all, and the others learn whether it could.
+    lock = cluster.by_first(lambda: _claim(Path(workdir), config))
+    with lock or contextlib.nullcontext():
+        yield
+
+
+def _claim(workdir: Path, config: ConfigDict) -> IO[str]:
+    """The open lock of a workdir, which is then this config's."""
     saved = workdir / "config.json"
     try:
         workdir.mkdir(parents=True, exist_ok=True)
@@ -116,13 +123,14 @@ def claimed(workdir: Path, config: ConfigDict) -> Iterator[None]:
         raise UserError(
             f"cannot write in the workdir {workdir}: {error.strerror}; choose another --workdir."
         ) from error
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise UserError(
-                f"another run is in the workdir {workdir}: wait for it, or choose another --workdir."
-            ) from error
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        lock.close()
+        raise UserError(
+            f"another run is in the workdir {workdir}: wait for it, or choose another --workdir."
+        ) from error
+    try:
         if saved.exists():
             changed = configs.differences(saved_config(workdir), config)
             if changed:
@@ -130,15 +138,13 @@ def claimed(workdir: Path, config: ConfigDict) -> Iterator[None]:
                     f"the workdir {workdir} belongs to another config (it differs in {', '.join(changed[:4])}): "
                     "choose another --workdir, or go back to that config."
                 )
-        try:
-            write_atomic(
-                saved, configs.to_json({"config_sha256": configs.sha256(config), "config": config.to_dict()}) + "\n"
-            )
-        except OSError as error:
-            raise UserError(
-                f"cannot write {saved}: {error.strerror}; free some space or choose another --workdir."
-            ) from error
-        yield
+        write_atomic(
+            saved, configs.to_json({"config_sha256": configs.sha256(config), "config": config.to_dict()}) + "\n"
+        )
+    except UserError:
+        lock.close()
+        raise
+    return lock
 
 
 def obtain_teachers(experiment: Experiment, workdir: Path, *, say: Say = print) -> dict[str, Trained]:
@@ -220,7 +226,7 @@ def train_arm(
     arm = build.make_arm(experiment, name, taught)._replace(name=called, first=first)
     model = experiments.model_of(experiment, name)
     accuracy = experiment.task.make_accuracy(model, experiment.dataset, experiment.mesh, config.data.eval_batch_size)
-    every = train.Every(config.log.every, config.log.eval_every, config.checkpoint.every, config.train.stop_on_nan)
+    every = build.every_of(config, evaluate=config.log.eval_every)
     folder = Path(workdir) / "checkpoints" / called
     with (
         checkpoint.Checkpoints(folder, config.checkpoint.keep, config.checkpoint.keep_best) as checkpoints,
@@ -234,6 +240,7 @@ def train_arm(
             meta=meta,
             writers=writers,
             evaluate=accuracy,
+            profile=Path(workdir) / "profile" / called,
             say=say,
         )
     return Trained(inference_variables(done.state), int(jax.device_get(done.state.step)), done.examples_per_s)
@@ -248,6 +255,9 @@ def _writers(config: ConfigDict, workdir: Path) -> Iterator[list[Any]]:
             opened.append(stack.enter_context(JsonlWriter(workdir / "metrics.jsonl")))
             if config.log.tensorboard:
                 opened.append(TensorBoardWriter(workdir / "tensorboard"))
+                stack.callback(opened[-1].close)
+            if config.log.get("wandb"):  # a workdir may be older than this key
+                opened.append(WandbWriter(config.log.wandb, workdir, config.to_dict()))
                 stack.callback(opened[-1].close)
         yield opened
 

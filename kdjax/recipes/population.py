@@ -20,7 +20,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 from rich.table import Table
 
-from kdjax import build, checkpoint, metrics, objective, sharding, train
+from kdjax import advance, build, checkpoint, cluster, metrics, objective, sharding, train
 from kdjax import config as configs
 from kdjax import experiment as experiments
 from kdjax.catalogue import TERMS
@@ -142,7 +142,7 @@ def run(
         taught = distill.obtain_teachers(experiment, workdir, say=say)
         teachers = {name: teacher.variables for name, teacher in taught.items()}
         experiment = difficulty.scored(experiment, teachers, Path(workdir))
-        _claim_members(members, Path(workdir))
+        cluster.by_first(lambda: _claim_members(members, Path(workdir)))
         programs: dict = {}
         arm, chunk = _chosen_arm(experiment, members, teachers, Path(workdir), programs, say)
         meta = {
@@ -178,7 +178,7 @@ def _train(
     experiment: Experiment, arm: train.Arm, meta: dict[str, Any], workdir: Path, programs: dict, say: Any
 ) -> train.Finished:
     config = experiment.config
-    every = train.Every(config.log.every, 0, config.checkpoint.every, config.train.stop_on_nan)
+    every = build.every_of(config)
     with contextlib.ExitStack() as stack:
         folder = workdir / "checkpoints" / NAME
         checkpoints = stack.enter_context(checkpoint.Checkpoints(folder, config.checkpoint.keep, False))
@@ -204,7 +204,7 @@ def score(experiment: Experiment, stacked: Variables, members: int) -> list[dict
         experiment.distilled, experiment.dataset, experiment.mesh, config.data.eval_batch_size
     )
     # On the host first: a slice of a sharded array would stay sharded.
-    stacked = jax.device_get(stacked)
+    stacked = sharding.to_host(stacked)
     results = []
     for index in range(members):
         variables = jax.tree.map(lambda x, index=index: x[index], stacked)
@@ -265,7 +265,7 @@ def time_step(arm: train.Arm, mesh: Mesh, programs: dict) -> float:
     batch = sharding.put_batch(next(arm.batches(0)), mesh)
     hparams = jax.device_put(arm.stages[0].hparams, sharding.replicated(mesh))
     stage = arm.stages[0].step
-    programs[stage] = train.compile_step(stage, mesh, shardings, state, placed, batch, hparams)
+    programs[stage] = advance.compile_step(stage, mesh, shardings, state, placed, batch, hparams)
     step, _ = programs[stage]
     taken = []
     for _ in range(_TIMED_STEPS + 1):

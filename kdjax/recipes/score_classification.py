@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kdjax import checkpoint, objective, report, results, weighting
+from kdjax import checkpoint, objective, report, results, sharding, weighting
 from kdjax import experiment as experiments
 from kdjax.experiment import DISTILLED, MAIN, STUDENTS, Experiment
 from kdjax.model import Variables
@@ -89,7 +89,7 @@ def _latency(experiment: Experiment, models: dict[str, Any], variables: dict[str
     """Milliseconds of one call with one example on one device; several teachers are run one after the other."""
     normalise = classification.make_normalise(experiment.dataset)
     device = jax.local_devices()[0]
-    weights = jax.device_put(jax.device_get(variables), device)
+    weights = jax.device_put(sharding.to_host(variables), device)
     predicts = {name: make_predict(models[name], normalise) for name in variables}
     together = jax.jit(lambda weights, inputs: [predicts[name](weights[name], {"inputs": inputs}) for name in predicts])
     example = jax.device_put(experiment.dataset.test.inputs[:1], device)

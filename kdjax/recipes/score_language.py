@@ -40,9 +40,10 @@ def run(experiment: Experiment, workdir: Path, done: dict[str, Trained]) -> Outc
         history = read_jsonl(workdir / "metrics.jsonl")
         results.write(workdir / "results.json", found)
         report_language.write(workdir / "report.html", results=found, config=config.to_dict(), history=history)
-    if jax.process_count() == 1:  # else no process has all of the weights
-        for name in STUDENTS:
-            language.hand_over(config, dataset, done[name].variables, workdir / "huggingface" / name)
+    for name in STUDENTS:
+        weights = sharding.to_host(done[name].variables)
+        if jax.process_index() == 0:
+            language.hand_over(config, dataset, weights, workdir / "huggingface" / name)
     return Outcome(found, int(arms[MAIN]["test"]["tokens"]))
 
 

@@ -84,7 +84,7 @@ def _manifest(experiment: Experiment, variables: Variables, placed: Variables) -
         split = experiment.dataset.train
         every = -(-pipeline.length(split) // _batch_size(config))
         some = next(_batches(experiment, [range(0, pipeline.length(split), every)]))[1]
-        log_probs = np.asarray(jax.device_get(_log_probs(experiment)(placed, some)))
+        log_probs = np.asarray(sharding.to_host(_log_probs(experiment)(placed, some)))
         framing = _framing(config, experiment)
         try:
             width = signal_codec.samples_within(log_probs, config.cache.bytes_per_token - framing, config.cache.samples)

@@ -436,13 +436,13 @@ def sample(
     written = generate(
         model,
         variables,
-        jnp.asarray(prompt),
+        prompt,
         new_tokens=min(new_tokens, dataset.context - prompt.shape[1]),
         temperature=temperature,
         key=jax.random.key(seed),
         stop=dataset.tokenizer.eos,
     )
-    return dataset.tokenizer.decode(np.asarray(jax.device_get(written))[0, prompt.shape[1] :].tolist())
+    return dataset.tokenizer.decode(np.asarray(sharding.to_host(written))[0, prompt.shape[1] :].tolist())
 
 
 # ----------------------------------------------------------------------------------------------------- handing over

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from kdjax import build, huggingface, results, sharding, train
+from kdjax import advance, build, huggingface, results, sharding, train
 from kdjax import experiment as experiments
 from kdjax.compress import decoders
 from kdjax.data import text, tokenizers
@@ -144,7 +144,7 @@ def test_a_finished_run_trains_nothing_and_changes_nothing(finished, monkeypatch
     def none(*_):
         raise AssertionError("a finished run has nothing to compile a step for")
 
-    monkeypatch.setattr(train, "compile_step", none)
+    monkeypatch.setattr(advance, "compile_step", none)
     again = distill.run(tiny_language_config(), workdir, say=QUIET).results
     assert (workdir / "metrics.jsonl").read_bytes() == before
     unmeasured = lambda arm: {key: value for key, value in arm.items() if key != "latency_ms"}
