@@ -1,5 +1,6 @@
-"""``kdjax bench``: measurements that anyone can repeat: the step, the loss over a large vocabulary, what a population
-and a cache save and what taps cost, several seeds, a class that was never seen, steps of compression."""
+"""``kdjax bench``: measurements that anyone can repeat: the step, its input, its compilation, saving and resuming, many
+devices, the loss over a large vocabulary, what a population and a cache save and what taps cost, several seeds, a class
+that was never seen, steps of compression; and the document that holds them."""
 
 import contextlib
 import json
@@ -19,7 +20,20 @@ from kdjax import config as configs
 from kdjax import experiment as experiments
 from kdjax.errors import UserError, unknown
 from kdjax.experiment import ALONE, DISTILLED, MAIN, STUDENTS
-from kdjax.recipes import bench_compress, bench_loss, bench_population, bench_signals, bench_step, bench_taps, distill
+from kdjax.recipes import (
+    bench_compile,
+    bench_compress,
+    bench_input,
+    bench_loss,
+    bench_population,
+    bench_report,
+    bench_resume,
+    bench_scaling,
+    bench_signals,
+    bench_step,
+    bench_taps,
+    distill,
+)
 from kdjax.statistics import mean_and_sd, mean_interval
 from kdjax.tasks import classification
 from kdjax.writers import write_atomic
@@ -36,11 +50,11 @@ class Found(NamedTuple):
     table: Table
 
 
-def run(name: str, config: ConfigDict, *, workdir: Path, json_output: bool = False, **sizes: int) -> dict[str, Any]:
+def run(name: str, config: ConfigDict, *, workdir: Path, json_output: bool = False, **sizes: Any) -> dict[str, Any]:
     """Runs the benchmark ``name`` of :data:`BENCHMARKS`, prints a table or one JSON object, and returns its values.
 
     ``sizes`` are the benchmark's own: ``seeds`` (runs, or members of a population), ``tokens`` and ``vocab`` (of the
-    loss).
+    loss), ``devices`` (the most, of the scaling), ``out`` (the document of the report).
 
     Raises:
       UserError: an unknown name, a size that the benchmark does not have, or whatever is wrong with the config.
@@ -60,22 +74,32 @@ def run(name: str, config: ConfigDict, *, workdir: Path, json_output: bool = Fal
     return found.values
 
 
-def step(config: ConfigDict, workdir: Path) -> Found:
-    """The compiled step; see ``bench_step.measure``. Leaves nothing in ``workdir``."""
-    values = bench_step.measure(config)
-    return Found(values, bench_step.table(values))
+def _of(measure: Callable[[ConfigDict], dict[str, Any]], meaning: Mapping[str, str]) -> Callable[..., Found]:
+    """A benchmark that has no sizes and leaves nothing in the workdir."""
+
+    def benchmark(config: ConfigDict, workdir: Path) -> Found:
+        values = measure(config)
+        return Found(values, bench_step.table(values, meaning))
+
+    return benchmark
+
+
+def scaling(config: ConfigDict, workdir: Path, *, devices: int = bench_scaling.DEVICES) -> Found:
+    """One device of up to ``devices``; see ``bench_scaling.measure``. Leaves nothing in ``workdir``."""
+    values = bench_scaling.measure(config, devices)
+    return Found(values, bench_scaling.table(values))
+
+
+def report(config: ConfigDict, workdir: Path, *, out: str = bench_report.DOCUMENT) -> Found:
+    """The tables of a document; see ``bench_report.measure``."""
+    values = bench_report.measure(config, workdir, out)
+    return Found(values, bench_report.table(values))
 
 
 def loss(config: ConfigDict, workdir: Path, *, tokens: int = 4096, vocab: int = 32768) -> Found:
     """The loss over a large vocabulary; see ``bench_loss.measure``. Reads nothing of the config."""
     values = bench_loss.measure(tokens, vocab)
     return Found(values, bench_step.table(values, bench_loss.MEANING))
-
-
-def signals(config: ConfigDict, workdir: Path) -> Found:
-    """The step from a cache; see ``bench_signals.measure``. Leaves nothing in ``workdir``."""
-    values = bench_signals.measure(config)
-    return Found(values, bench_step.table(values, bench_signals.MEANING))
 
 
 def population(config: ConfigDict, workdir: Path, *, seeds: int = bench_population.MEMBERS) -> Found:
@@ -284,12 +308,17 @@ def _write(path: Path, values: Mapping[str, Any]) -> None:
 
 
 BENCHMARKS: dict[str, Callable[..., Found]] = {
-    "step": step,
+    "step": _of(bench_step.measure, bench_step.MEANING),
+    "input": _of(bench_input.measure, bench_input.MEANING),
+    "compile": _of(bench_compile.measure, bench_compile.MEANING),
+    "resume": _of(bench_resume.measure, bench_resume.MEANING),
+    "scaling": scaling,
     "loss": loss,
-    "signals": signals,
+    "signals": _of(bench_signals.measure, bench_signals.MEANING),
     "population": population,
     "taps": taps,
     "seeds": seeds,
     "omitted": omitted,
     "compress": compress,
+    "report": report,
 }

@@ -27,11 +27,11 @@ RATES = (0.1, 0.05)  # of plain SGD; half of the members each
 REPEATS = 3  # of the population's run, spread among the separate ones
 ENOUGH = 120.0  # seconds of separate runs after which the rest is taken to last as long as these
 MEANING = {
-    "over_separate": "population / separate runs, total seconds, choosing the chunk included",
+    "over_separate": "population / separate runs, total seconds, choosing the chunk included (goal: 0.5)",
     "over_separate_chunk_given": "the same with population.chunk in the config: nothing is chosen",
     "over_separate_without_compile": "the same, training alone",
     "flops_over_separate": "FLOPs of the population's step / of a separate step x members, as compiled",
-    "recompiles": "compilations in a run over a second grid",
+    "recompiles": "compilations in a run over a second grid (goal: 0)",
     "params_differ_by": "largest difference of a final parameter from the member's separate run",
     "params_differ_by_one_by_one": "the same of the population as a loop over its members",
     "params_largest": "largest final parameter",

@@ -5,7 +5,7 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from kdjax import build, sharding, train
+from kdjax import advance, build, sharding, train
 from kdjax.data import cache
 from kdjax.errors import UserError
 from kdjax.experiment import ALONE, DISTILLED, MAIN, Experiment
@@ -69,5 +69,5 @@ def _compile(experiment: Experiment, arm: train.Arm) -> tuple[Any, Any, Any]:
     batch = sharding.put_batch(next(arm.batches(0)), mesh)
     hparams = jax.device_put(stage.hparams, sharding.replicated(mesh))
     shardings = jax.tree.map(lambda x: x.sharding, state)
-    step, _ = train.compile_step(stage.step, mesh, shardings, state, teachers, batch, hparams)
+    step, _ = advance.compile_step(stage.step, mesh, shardings, state, teachers, batch, hparams)
     return step, teachers, hparams

@@ -13,12 +13,13 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 from rich.table import Table
 
-from kdjax import build, sharding, train
+from kdjax import advance, build, sharding, train
 from kdjax import experiment as experiments
+from kdjax.errors import UserError
 from kdjax.experiment import DISTILLED, Experiment
-from kdjax.model import Array, Model, Outputs, Variables
+from kdjax.model import Array, Model, Outputs, Variables, logits_of
 from kdjax.objective import Batch
-from kdjax.recipes import difficulty, program
+from kdjax.recipes import bench_host, bench_limits, difficulty, program
 from kdjax.state import TrainState, inference_variables
 
 SECONDS = 20.0  # of each timed comparison, unless the fewest rounds take longer
@@ -38,19 +39,31 @@ ENVIRONMENT = {  # what each key of environment() is
     "jax": "version",
 }
 MEANING = {
-    "fused_over_parts": "fused step / (teacher forward + student update, each jitted alone), medians",
-    "flops_over_minimum": "compiled FLOPs of the step / (teacher forward + 3 x student forward)",
-    "compiles": "compilations of and during a stage's loop, in a short run",
-    "host_transfers": "implicit transfers in its loop",
-    "input_over_constant": "step with the real input pipeline / step on a batch that is on the device already",
+    "fused_over_parts": "fused step / (teacher forward + student update, each jitted alone) (goal: 1.05, text 1.10)",
+    "flops_over_minimum": "compiled FLOPs of the step / (teacher forward + 3 x student forward) (goal: 1.05)",
+    "compiles": "compilations of and during a stage's loop, in a short run (goal: 1)",
+    "host_transfers": "implicit transfers in its loop (goal: 0)",
+    "input_over_constant": "step with the real input pipeline / step on a batch that is there already (goal: 1.05)",
+    "products_over_minimum": "the same of matrix products and convolutions, each loop counted as often as it runs",
+    "peak_fraction": "products of the step / seconds on the device / this machine's own best square product",
+    "peak_gflops_per_s": "that best, of all devices of the mesh, by dtype",
+    "bytes_over_minimum": "compiled bytes accessed / (state read and written, teachers and batch read), on one device",
     "temp_bytes": "intermediate values of the step on one device, bytes",
+    "host_share": "of a step of the training loop: host time that the device waits for (goal: 0.01 of a 20 ms step)",
+    "host_share_range": "lowest, highest round",
+    "loop_ms": "step of the training loop itself, its input, progress and logging in it",
+    "device_ms": "step without the host: call after call on one batch, several in flight",
+    "split_ms": "where the host is in a step: makes the batch, puts it, calls the step, waits for the device",
     "fused_ms": "step, each waited for",
     "teacher_forward_ms": "teachers' forward pass alone",
     "student_update_ms": "student's update alone, the teachers' logits given",
     "constant_step_ms": "step on a constant batch, several in flight",
     "input_step_ms": "step with the real input pipeline, several in flight",
     "examples_per_s": "with the real input pipeline",
-    "flops": "of one step on all devices",
+    "tokens_per_s": "the same of text",
+    "flops": "of one step on all devices, as compiled: the body of a loop once",
+    "products": "FLOPs of its matrix products and convolutions, loops as often as they run",
+    "bytes_accessed": "as compiled, on one device: the body of a loop once",
     **ENVIRONMENT,
 }
 
@@ -73,21 +86,39 @@ class Bench(NamedTuple):
 def measure(config: ConfigDict) -> dict[str, Any]:
     """The first stage's step against its parts, its FLOPs, its compilations and transfers, and the input pipeline.
 
-    Weights are fresh: their values change no time. Gradient accumulation is switched off. Takes about a minute.
+    Weights are fresh: their values change no time. Gradient accumulation is switched off. Takes about two minutes.
+
+    Raises:
+      UserError: a cache stands for the teacher.
     """
     bench = prepare(config)
     experiment, arm = bench.experiment, bench.arm
+    if experiment.signals:
+        raise UserError(
+            "kdjax bench step compares with the teacher, which teacher.cache stands for: use bench signals."
+        )
     times = fused_and_parts(bench)
     compiles, transfers, complaint = compiles_and_transfers(arm, experiment.mesh)
     constant_s, input_s = constant_and_input(bench)
+    host = bench_host.measure(bench, SECONDS)
     fresh = {"student": inference_variables(bench.state())}
-    minimum = _forward_flops(bench, experiment.teachers, bench.teachers)
-    minimum += 3 * _forward_flops(bench, {"student": experiment.distilled}, fresh)
+    minimum, products_minimum = (
+        count(bench, experiment.teachers, bench.teachers) + 3 * count(bench, {"student": experiment.distilled}, fresh)
+        for count in (_forward_flops, _forward_products)
+    )
+    products = program.products(arm.stages[0].step, bench.state(), bench.teachers, bench.batch, bench.hparams)
+    peaks = {dtype: bench_limits.peak(experiment.mesh, dtype) for dtype in experiments.DTYPES}
+    accessed = program.bytes_accessed(bench.program.compiled)
     values = {
         "fused_over_parts": times["fused"] / (times["teacher"] + times["student"]),
         "flops_over_minimum": bench.program.flops / minimum,
         "compiles": int(compiles) if compiles.is_integer() else compiles,
         "host_transfers": transfers,
+        "products_over_minimum": products / products_minimum,
+        "peak_fraction": 1e3 * products / host["device_ms"] / peaks[experiment.config.train.dtype],
+        "peak_gflops_per_s": {dtype: rate / 1e9 for dtype, rate in peaks.items()},
+        "bytes_over_minimum": accessed / bench_limits.fewest_bytes(bench.state(), bench.teachers, bench.batch),
+        **host,
         "input_over_constant": input_s / constant_s,
         "temp_bytes": bench.program.temp_bytes,
         "fused_ms": times["fused"] * 1e3,
@@ -98,8 +129,13 @@ def measure(config: ConfigDict) -> dict[str, Any]:
         "examples_per_s": arm.batch_size / input_s,
         "flops": bench.program.flops,
         "flops_minimum": minimum,
+        "products": products,
+        "products_minimum": products_minimum,
+        "bytes_accessed": accessed,
         **environment(experiment),
     }
+    if "tokens" in bench.batch:
+        values["tokens_per_s"] = arm.batch_size * experiment.dataset.context / input_s
     if complaint:
         values["host_transfer"] = complaint
     return values
@@ -150,7 +186,7 @@ def parts(bench: Bench) -> tuple[Any, Any, Batch]:
     arm = build.make_arm(experiment._replace(teachers=stand_ins), DISTILLED)
     shardings = jax.tree.map(lambda x: x.sharding, state)
     args = (state, outputs, bench.batch, bench.hparams)
-    student, _ = train.compile_step(arm.stages[0].step, experiment.mesh, shardings, *args)
+    student, _ = advance.compile_step(arm.stages[0].step, experiment.mesh, shardings, *args)
     return forward, student, seen
 
 
@@ -251,14 +287,26 @@ def _forward_flops(bench: Bench, models: Mapping[str, Model], variables: Mapping
     return program.flops(compiled) * bench.experiment.mesh.size
 
 
+def _forward_products(bench: Bench, models: Mapping[str, Model], variables: Mapping[str, Variables]) -> float:
+    """FLOPs of the products of a batch's forward pass up to the scores, which a head makes of hidden states."""
+    normalise = bench.experiment.task.make_normalise(bench.experiment.dataset)
+
+    def scores(variables: Mapping[str, Variables], batch: Batch) -> Any:
+        return {name: logits_of(said) for name, said in _forward(models)(variables, normalise(batch)).items()}
+
+    return program.products(scores, variables, bench.batch)
+
+
 def prepare(config: ConfigDict) -> Bench:
-    """Compiles the first stage's step and puts a real batch and fresh weights on the devices."""
+    """Compiles the first stage's step and puts a real batch and fresh weights on the devices.
+
+    It is the plain step, also where the config has the teachers run a batch ahead.
+    """
     experiment = program.in_one_part(build.prepare(config))
     mesh = experiment.mesh
-    fresh = {name: jax.jit(model.init)(jax.random.key(0)) for name, model in experiment.teachers.items()}
-    teachers = train.put_teachers(fresh, mesh, experiment.config.sharding.teacher)
-    experiment = difficulty.scored(experiment, teachers)
-    arm = build.make_arm(experiment, DISTILLED, teachers)
+    teachers = fresh_teachers(experiment)
+    experiment, arm = with_arm(experiment, teachers)
+    arm = arm._replace(teacher_mesh=None, stages=[stage._replace(parts=None) for stage in arm.stages])
     return Bench(
         experiment=experiment,
         arm=arm,
@@ -267,6 +315,18 @@ def prepare(config: ConfigDict) -> Bench:
         batch=sharding.put_batch(next(arm.batches(0)), mesh),
         hparams=jax.device_put(arm.stages[0].hparams, sharding.replicated(mesh)),
     )
+
+
+def fresh_teachers(experiment: Experiment) -> dict[str, Variables]:
+    """Random weights of all teachers, on the devices; nothing of one whose cache answers in its place."""
+    fresh = {name: jax.jit(model.init)(jax.random.key(0)) for name, model in experiments.asked(experiment).items()}
+    return train.put_teachers(fresh, experiment.mesh, experiment.config.sharding.teacher)
+
+
+def with_arm(experiment: Experiment, teachers: dict[str, Variables]) -> tuple[Experiment, train.Arm]:
+    """The distilled student's arm, and the experiment with what the teachers make of a curriculum's examples."""
+    experiment = difficulty.scored(experiment, teachers)
+    return experiment, build.make_arm(experiment, DISTILLED, teachers)
 
 
 def environment(experiment: Experiment) -> dict[str, Any]:
@@ -287,15 +347,19 @@ def environment(experiment: Experiment) -> dict[str, Any]:
 
 def table(values: Mapping[str, Any], meaning: Mapping[str, str] = MEANING) -> Table:
     """A benchmark's measurements for people, with what each one is."""
-    shown = Table("measured", "value", "what it is")
+    found = Table("measured", "value", "what it is")
     for name, text in meaning.items():
-        shown.add_row(name, _shown(values[name]), text)
-    return shown
+        if name in values:  # only text has tokens, for example
+            found.add_row(name, shown(values[name]), text)
+    return found
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
+    """A measured value for people."""
     if isinstance(value, float):
         return f"{value:.4g}"
     if isinstance(value, dict):
-        return ", ".join(f"{key}: {_shown(one)}" for key, one in value.items())
-    return ", ".join(map(_shown, value)) if isinstance(value, list) else str(value)
+        return ", ".join(f"{key}: {shown(one)}" for key, one in value.items())
+    if isinstance(value, int):
+        return f"{value:,}"
+    return ", ".join(map(shown, value)) if isinstance(value, list) else str(value)

@@ -52,12 +52,12 @@ def measure(config: ConfigDict, names: Sequence[str] = NAMES) -> dict[str, Any]:
             "seconds_over_parts": statistics.median(ratios),
             "seconds_over_parts_range": [min(ratios), max(ratios)],
             "flops_over_parts": _over_parts(*map(program.flops, programs)),
-            "bytes_over_parts": _over_parts(*map(bytes_accessed, programs)),
+            "bytes_over_parts": _over_parts(*map(program.bytes_accessed, programs)),
             "step_ms": middle(f"with {name}"),
             "without_ms": middle("without"),
             "alone_ms": middle(f"alone {name}"),
             "flops_alone": program.flops(alone[name].compiled) * without.experiment.mesh.size,
-            "bytes_alone": bytes_accessed(alone[name].compiled) * without.experiment.mesh.size,
+            "bytes_alone": program.bytes_accessed(alone[name].compiled) * without.experiment.mesh.size,
         }
     return {"benchmark": "taps", "terms": terms, **environment(without.experiment)}
 
@@ -145,11 +145,6 @@ def _repeating(alone: Alone) -> Callable[[], None]:
     return call
 
 
-def bytes_accessed(compiled: Any) -> float:
-    """Bytes that a compiled program's operations read and write on one device, as XLA's cost model counts them."""
-    return float(compiled.cost_analysis()["bytes accessed"])
-
-
 def _over_parts(whole: float, *parts: float) -> float:
     return whole / sum(parts)
 
@@ -169,14 +164,37 @@ def _with_term(config: ConfigDict, name: str = "", *, only: bool = False) -> Con
 
 def table(values: Mapping[str, Any]) -> Table:
     """The measurements for people."""
-    shown = Table(
-        *("term", "seconds\n(goal ≤ 1.05)", "lowest, highest", "FLOPs", "bytes", "step ms", "without ms", "alone ms"),
-        caption=f"step with the term / (step without it + the term alone); {values['teacher'][0]} -> "
-        f"{values['student']}, {values['data']}, batch {values['batch_size']}",
-    )
+    header, rows = cells(values)
+    shown = Table(*header, caption=caption(values))
+    for row in rows:
+        shown.add_row(*row)
+    return shown
+
+
+def cells(values: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """The header and the rows of that table."""
+    header = [
+        "term",
+        "seconds\n(goal ≤ 1.05)",
+        "lowest, highest",
+        "FLOPs",
+        "bytes",
+        "step ms",
+        "without ms",
+        "alone ms",
+    ]
+    rows = []
     for name, found in values["terms"].items():
         low, high = found["seconds_over_parts_range"]
         ratios = (f"{found[f'{what}_over_parts']:.4g}" for what in ("flops", "bytes"))
         times = (f"{found[f'{what}_ms']:.3g}" for what in ("step", "without", "alone"))
-        shown.add_row(name, f"{found['seconds_over_parts']:.3f}", f"{low:.3f}, {high:.3f}", *ratios, *times)
-    return shown
+        rows.append([name, f"{found['seconds_over_parts']:.3f}", f"{low:.3f}, {high:.3f}", *ratios, *times])
+    return header, rows
+
+
+def caption(values: Mapping[str, Any]) -> str:
+    """What was compared, on which pair."""
+    return (
+        f"step with the term / (step without it + the term alone); {values['teacher'][0]} -> "
+        f"{values['student']}, {values['data']}, batch {values['batch_size']}"
+    )

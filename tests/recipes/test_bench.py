@@ -10,7 +10,7 @@ import pytest
 
 from kdjax import config as configs
 from kdjax.errors import UserError
-from kdjax.recipes import bench, bench_step
+from kdjax.recipes import bench, bench_host, bench_limits, bench_step
 
 FAST = ["teacher.steps=6", "train.steps=6", "checkpoint.every=0", "log.eval_every=0"]
 MLP = ["teacher.name=mlp", "student.name=mlp", "student.options={'hidden':(16,)}"]
@@ -30,17 +30,28 @@ def prepared():
 
 def test_step_prints_one_json_object_with_the_promised_keys(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(bench_step, "SECONDS", 0.2)
+    monkeypatch.setattr(bench_host, "ROUNDS", 1)
+    monkeypatch.setattr(bench_host, "ROUND", 0.0)
+    monkeypatch.setattr(bench_limits, "SIZES", (64,))
     bench.run("step", _config(), workdir=tmp_path, json_output=True)
     found = json.loads(capsys.readouterr().out)
     promised = "fused_over_parts flops_over_minimum compiles host_transfers input_over_constant temp_bytes device jax"
     assert set(promised.split()) <= set(found)
-    assert set(bench_step.MEANING) <= set(found)
+    assert set(bench_step.MEANING) - {"tokens_per_s"} <= set(found)
     assert found["compiles"] == 1 and found["host_transfers"] == 0
     assert found["temp_bytes"] > 0 and found["batch_size"] == 64
-    assert all(found[key] > 0 for key in found if key.endswith("_ms"))
+    assert all(found[key] > 0 for key in found if key.endswith("_ms") and key != "split_ms")
     # Eight devices each do the optimiser's work, which weighs in so small a student.
     assert 1.0 <= found["flops_over_minimum"] < 1.6
     assert not list(tmp_path.iterdir())
+
+    # Forward, and for the student backward: two more products a layer, but for the gradient of the images.
+    teacher, hidden, head = 64 * 256 + 256 * 256 + 256 * 10, 64 * 16, 16 * 10
+    assert found["products"] == 2 * 64 * (teacher + 2 * hidden + 3 * head)
+    assert found["products_minimum"] == 2 * 64 * (teacher + 3 * (hidden + head))
+    assert set(found["split_ms"]) == {"input", "put", "dispatch", "wait"}
+    assert min(found["host_share_range"]) <= found["host_share"] <= max(found["host_share_range"]) < 1.0
+    assert found["bytes_over_minimum"] > 1.0 and set(found["peak_gflops_per_s"]) == {"float32", "bfloat16"}
 
 
 def test_the_parts_do_what_the_fused_step_does(prepared):
