@@ -13,7 +13,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from kdjax import experiment as experiments
-from kdjax import objective, optimizer, reuse, schedules, state, train
+from kdjax import objective, optimizer, reuse, schedules, sharding, state, train
 from kdjax.catalogue import TERMS
 from kdjax.data import curriculum, pipeline
 from kdjax.errors import UserError
@@ -98,6 +98,7 @@ def make_arm(
     params = jax.eval_shape(model.init, jax.random.key(0))["params"]
     transform = optimizer.make(section, state.trainable(params, learned))
     ema = config.train.ema if is_student else 0.0
+    rules = config.sharding.student if is_student else config.sharding.teacher
     if section.get("sparsify"):  # a workdir may be older than this key
         if ema:
             raise UserError("optimizer.sparsify makes zeros that train.ema would blur: set train.ema to 0.")
@@ -120,13 +121,13 @@ def make_arm(
         create=create,
         keys=_keys(config, number, members if is_student else ()),
         stages=[
-            _stage(experiment, model, transform, goal, same, per_epoch, augment, ema, len(members), chunk)
+            _stage(experiment, model, rules, transform, goal, same, per_epoch, augment, ema, len(members), chunk)
             for goal, same in zip(goals, zip(*of_members, strict=True), strict=True)
         ],
         batches=_batches(experiment, name, config.seed, total, bool(teacher_variables)),
         batch_size=config.data.batch_size,
         teacher_variables=teacher_variables or {},
-        rules=config.sharding.student if is_student else config.sharding.teacher,
+        rules=rules,
         teacher_rules=config.sharding.teacher,
         members=len(members),
         teacher_mesh=experiment.teacher_mesh if name == DISTILLED else None,
@@ -281,6 +282,7 @@ def _length(section: Mapping[str, Any]) -> dict[str, Any]:
 def _stage(
     experiment: Experiment,
     model: Model,
+    rules: sharding.Rules,
     transform: Any,
     goal: objective.Objective,
     plans: Sequence[Plan],  # of each member; of a plain run: its own
@@ -308,6 +310,9 @@ def _stage(
 
     config = experiment.config
     asked = experiments.asked(experiment) if goal.uses_teacher else {}
+    places = (experiment.teacher_mesh or experiment.mesh, config.sharding.teacher)
+    asked = {name: sharding.gathered(teacher, *places) for name, teacher in asked.items()}
+    model = sharding.gathered(model, experiment.mesh, rules)
     options: dict[str, Any] = {
         "preprocess": experiment.task.make_preprocess(experiment.dataset, augment),
         "hparams_at": hparams_at,

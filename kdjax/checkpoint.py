@@ -104,7 +104,7 @@ class Checkpoints:
                 restored = _read(place, wanted)
             except _Damaged as error:
                 aside = place.with_name(f"damaged-{step}")
-                cluster.by_first(lambda place=place, aside=aside: place.rename(aside) and None)
+                cluster.by_first(functools.partial(place.rename, aside))
                 self._manager.reload()
                 say(
                     f"checkpoint {place} is damaged ({error}): set aside as {aside.name}, falling back to the one "

@@ -313,13 +313,12 @@ def run(argv: Sequence[str]) -> int:
     verb = argv[0] if argv else "--help"
     try:
         if verb in ("-h", "--help", "help"):
-            print(HELP.format(verbs="\n".join(f"  {name:10} {_summary(function)}" for name, function in VERBS.items())))
-            return 0
+            return _shown(HELP.format(verbs="\n".join(f"  {name:10} {_summary(verb)}" for name, verb in VERBS.items())))
         if verb not in VERBS:
             raise unknown("verb", verb, VERBS)
         if {"-h", "--help"} & set(argv[1:]):
-            print(f"kdjax {verb}\n\n{inspect.getdoc(VERBS[verb])}\n\nflags:{_flags(verb).module_help('kdjax')}")
-            return 0
+            text = f"kdjax {verb}\n\n{inspect.getdoc(VERBS[verb])}\n\nflags:{_flags(verb).module_help('kdjax')}"
+            return _shown(text)
         call = _parse(verb, argv[1:])
         place = _cluster(call)
     except UserError as error:
@@ -330,6 +329,20 @@ def run(argv: Sequence[str]) -> int:
     if place is None:
         return _act(verb, call)
     return cluster.supervise(place, lambda: _as_one_of_many(place, lambda: _act(verb, call)))
+
+
+def _shown(text: str) -> int:
+    """Prints a help text, whether or not anybody reads to its end."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        _stop_showing()
+    return 0
+
+
+def _stop_showing() -> None:
+    """The reader of our output is gone, such as `head`: closing it at exit shall not fail again."""
+    sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - it stays open until the process ends
 
 
 def _as_one_of_many(place: cluster.Cluster, act: Callable[[], int]) -> int:
@@ -362,8 +375,8 @@ def _act(verb: str, call: Call) -> int:
     except KeyboardInterrupt:
         print("kdjax: interrupted before a step was made. Run the same command to begin again.", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # the reader of our output is gone, such as `head`
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - so that closing it at exit does not fail again
+    except BrokenPipeError:
+        _stop_showing()
         return 0
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS) or call.flags.verbose:

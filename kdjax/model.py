@@ -6,6 +6,7 @@ is a :class:`Model` and its weights are plain nested dicts of arrays.
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 import jax
@@ -57,6 +58,17 @@ def logits_of(outputs: Outputs) -> Array:
 
 
 EVERY = ("*",)  # as ``taps``: every module's output
+# While a step is traced: how a model's weights shall lie where they are used; see ``sharding.gathered``.
+LAYOUT: ContextVar[Callable[[str, Any], Any]] = ContextVar("layout", default=lambda path, weights: weights)
+
+
+STACK = "params/blocks"  # the path of stacked layers among the variables
+
+
+def at_use(path: str, weights: Any) -> Any:
+    """A model's weights as they shall lie where they are used. A model that walks over stacked layers asks for those of
+    each layer, ``path`` being that of the stack among the variables, so that only one layer is whole at a time."""
+    return LAYOUT.get()(path, weights)
 
 
 class Model(NamedTuple):

@@ -10,8 +10,9 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from kdjax.compress.weights import is_decoder
 from kdjax.errors import UserError, unknown
-from kdjax.model import path_name
+from kdjax.model import LAYOUT, STACK, Model, flatten_paths, path_name
 
 Rules = Sequence[tuple[str, str]]
 TACTICS = ("replicate", "fsdp", "tensor:DIMENSION", "tensor:DIMENSION+fsdp")
@@ -125,6 +126,43 @@ def by_rules(tree: Any, mesh: Mesh, rules: Rules, *, members: int = 0) -> Any:
         raise UserError(f'no sharding rule speaks of {name}: end the rules with (".*", "replicate").')
 
     return jax.tree_util.tree_map_with_path(choose, tree)
+
+
+def gathered(model: Model, mesh: Mesh, rules: Rules) -> Model:
+    """The model, of whose weights each device has a whole copy while it uses them, but for their share of ``tensor``.
+
+    Without it the compiler may as well split activations the way the weights are split, over ``fsdp``, and add them up
+    on all devices, which moves more. Stacked layers are gathered one at a time. Gradients come back as they lie whole.
+    """
+    if mesh.shape.get("fsdp", 1) == 1:
+        return model
+    shapes = jax.eval_shape(model.init, jax.random.key(0))
+    placed = flatten_paths(by_rules(shapes, mesh, rules))
+    dimensions = {path: leaf.ndim for path, leaf in flatten_paths(shapes).items()}
+
+    def lay(path: str, weights: Any) -> Any:
+        def one(below: Any, x: jax.Array) -> jax.Array:
+            name = f"{path}/{path_name(below)}"
+            spec = placed[name].spec
+            axes = [*spec, *[None] * (dimensions[name] - len(spec))][
+                dimensions[name] - x.ndim :
+            ]  # a layer has no first
+            kept = (axis if axis == TENSOR else None for axis in axes)
+            return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(*kept)))
+
+        return jax.tree_util.tree_map_with_path(one, weights)
+
+    def apply(variables, inputs, **options):
+        params = variables["params"]
+        later = STACK.split("/")[1:] if is_decoder(params) else []
+        params = {name: x if name in later else lay(f"params/{name}", x) for name, x in params.items()}
+        before = LAYOUT.set(lay)
+        try:
+            return model.apply({**variables, "params": params}, inputs, **options)
+        finally:
+            LAYOUT.reset(before)
+
+    return model._replace(apply=apply)
 
 
 def put_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:

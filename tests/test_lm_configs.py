@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
-from kdjax import build, chunks, train
+from kdjax import build, chunks, memory, train
 from kdjax import config as configs
 from kdjax.data.packing import TextSplit
 from kdjax.data.text import TextDataset
@@ -186,10 +186,10 @@ def test_sizes_are_the_published_ones_and_every_kernel_is_split_over_all_devices
     assert parameter_count(state.params) == pytest.approx(case.student * 1e9, rel=0.01)
     # Weights and both moments: each device has its share, up to norms and biases, of which all have a copy.
     for tree in (teachers, state.params, state.opt_state):
-        assert program.bytes_per_device(tree) == pytest.approx(size(tree) / experiment.mesh.size, rel=0.001)
+        assert memory.per_device(tree) == pytest.approx(size(tree) / experiment.mesh.size, rel=0.001)
         for path, leaf in flatten_paths(tree).items():
             if "kernel" in path or "embedding" in path:
-                assert program.bytes_per_device(leaf) * experiment.mesh.size == size(leaf), path
+                assert memory.per_device(leaf) * experiment.mesh.size == size(leaf), path
             else:
                 assert leaf.sharding.spec == PartitionSpec() and size(leaf) < 4e6, path
 
@@ -235,7 +235,7 @@ def test_step_compiles_and_never_holds_the_logits_of_all_tokens(case, models, mo
     sequences = config.data.batch_size // (ways * config.train.accumulate)
     tokens = sequences * config.data.context
     scores = sequences * config.teacher.options.heads // tensor * config.data.context**2 * 4
-    of_teacher, of_student, of_optimizer = map(program.bytes_per_device, (teachers, state.params, state.opt_state))
+    of_teacher, of_student, of_optimizer = map(memory.per_device, (teachers, state.params, state.opt_state))
     print(
         f"\n{case.name}, {tokens} tokens at a time on each of {mesh.size} devices: arguments "
         f"{step.argument_bytes / GB:.1f} GB (teacher {of_teacher / GB:.1f}, student {of_student / GB:.1f}, optimiser "

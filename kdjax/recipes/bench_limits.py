@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from kdjax.recipes import program
+from kdjax import memory
 
 SIZES = (512, 1024, 2048, 4096, 8192)
 LONGEST = 0.1  # seconds of one product, after which no larger one is tried
@@ -53,4 +53,4 @@ def fewest_bytes(state: Any, teachers: Any, batch: Any) -> int:
 def bytes_of(tree: Any) -> int:
     """What a tree of arrays takes on one device; random keys, which are a few bytes, are left out."""
     plain = [leaf for leaf in jax.tree.leaves(tree) if not jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)]
-    return program.bytes_per_device(plain)
+    return memory.per_device(plain)

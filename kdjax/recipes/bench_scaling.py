@@ -7,7 +7,7 @@ import jax
 from ml_collections import ConfigDict
 from rich.table import Table
 
-from kdjax import build, train
+from kdjax import build, memory, train
 from kdjax import config as configs
 from kdjax.errors import UserError
 from kdjax.experiment import DISTILLED, Experiment
@@ -85,9 +85,9 @@ def on_mesh(config: ConfigDict) -> dict[str, Any]:
         "bytes_per_device": program.bytes_accessed(found.compiled),
         "temp_bytes": found.temp_bytes,
         "weights_bytes": {
-            "teacher": program.bytes_per_device(program.abstract_teachers(experiment)),
-            "student": program.bytes_per_device((state.params, state.model_state)),
-            "optimiser": program.bytes_per_device(state.opt_state),
+            "teacher": memory.per_device(program.abstract_teachers(experiment)),
+            "student": memory.per_device((state.params, state.model_state)),
+            "optimiser": memory.per_device(state.opt_state),
         },
         "collectives": bench_hlo.by_kind(said),
         "unasked_gathers": bench_hlo.unasked(said, whole, split),

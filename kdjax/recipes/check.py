@@ -12,16 +12,16 @@ from ml_collections import ConfigDict
 from rich.console import Console
 from rich.table import Table
 
-from kdjax import build, checkpoint, sharding, train
+from kdjax import build, checkpoint, memory, sharding, train
 from kdjax import experiment as experiments
 from kdjax.data.sources import Dataset
 from kdjax.data.text import TextDataset
 from kdjax.errors import UserError
 from kdjax.experiment import DISTILLED, MAIN, Experiment
+from kdjax.memory import bytes_text
 from kdjax.model import Model, Variables
 from kdjax.recipes import check_cache, check_identities, check_models, difficulty, program
 from kdjax.recipes.check_identities import Check
-from kdjax.results import bytes_text
 
 
 def run(config: ConfigDict, *, json_output: bool = False, dataset: Dataset | TextDataset | None = None) -> list[Check]:
@@ -91,14 +91,14 @@ def _of_program(experiment: Experiment) -> list[Check]:
     steps = [(program.compile_stage(experiment, arm, stage, size), stage) for stage in arm.stages]
     heaviest, stage = max(steps, key=lambda pair: pair[0].bytes)
     double = program.compile_stage(experiment, arm, stage, 2 * size)
-    limit, where = program.memory_limit(jax.local_devices()[0])
+    limit, where = memory.limit_of(jax.local_devices()[0])
     fits = heaviest.bytes <= limit
     per_example = max(double.bytes - heaviest.bytes, 1) / size
     unit = mesh.size * config.train.accumulate
     largest = max(int((limit - heaviest.bytes) / per_example + size) // unit * unit, 0)
     state, teachers = train.abstract_state(arm, mesh), program.abstract_teachers(experiment)
     sizes = {"teacher": teachers, "student": (state.params, state.model_state, state.ema), "optimiser": state.opt_state}
-    weights = ", ".join(f"{name} {bytes_text(program.bytes_per_device(tree))}" for name, tree in sizes.items())
+    weights = ", ".join(f"{name} {bytes_text(memory.per_device(tree))}" for name, tree in sizes.items())
     parts = f"arguments {bytes_text(heaviest.argument_bytes)}, temporaries {bytes_text(heaviest.temp_bytes)}"
     of = f"bytes per device, of {bytes_text(limit)} ({where}): {parts}"
     return [

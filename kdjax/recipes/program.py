@@ -1,9 +1,7 @@
 """The compiled step, as its compiler describes it: operations and memory, known before anything runs."""
 
 import math
-import os
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -143,22 +141,3 @@ def _convolution(equation: Any) -> float:
         last = (image[images[2 + number]] - 1) * apart
         met *= int(np.sum((places >= 0) & (places <= last) & (places % apart == 0)))
     return 2.0 * out[outs[0]] * out[outs[1]] * kernel[kernels[1]] * met
-
-
-def memory_limit(device: jax.Device) -> tuple[int, str]:
-    """Bytes that one device may use, and where the figure is from; a CPU's devices share the host's memory."""
-    limit = (device.memory_stats() or {}).get("bytes_limit")
-    if limit:
-        return int(limit), device.device_kind
-    host = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    for name in ("memory.max", "memory/memory.limit_in_bytes"):  # of the container, cgroup 2 and 1
-        try:
-            host = min(host, int(Path("/sys/fs/cgroup", name).read_text()))
-        except (OSError, ValueError):
-            continue
-    return host // jax.local_device_count(), "host"
-
-
-def bytes_per_device(tree: Any) -> int:
-    """What a tree of arrays or shapes, with their shardings, takes on one device."""
-    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kdjax import build, losses, train
+from kdjax import build, losses, memory, train
 from kdjax import config as configs
 from kdjax import experiment as experiments
 from kdjax.data import sources
@@ -165,7 +165,7 @@ def test_class_counts_that_differ_fail():
 
 
 def test_a_step_that_does_not_fit_fails(monkeypatch, capsys):
-    monkeypatch.setattr(program, "memory_limit", lambda device: (1000, "a small device"))
+    monkeypatch.setattr(memory, "limit_of", lambda device: (1000, "a small device"))
     with pytest.raises(UserError, match="memory of a step fits"):
         check.run(_config(), json_output=True)
     by_name = {check["name"]: check for check in json.loads(capsys.readouterr().out)["checks"]}
@@ -188,5 +188,5 @@ def test_flops_and_memory_follow_the_batch():
         for arm in [build.make_arm(each, "student_distilled")]
     )
     assert at_once.flops == one.flops > 2 * walked.flops
-    per_device = program.bytes_per_device(train.abstract_state(arm, experiment.mesh).params)
+    per_device = memory.per_device(train.abstract_state(arm, experiment.mesh).params)
     assert per_device == 4 * (64 * 16 + 16 + 16 * 10 + 10)
