@@ -177,6 +177,15 @@ def by_first(function: Callable[[], Result]) -> Result | None:
     return result
 
 
+def of_first(number: int) -> int:
+    """The number that the first process gives."""
+    import jax
+    import numpy as np
+    from jax.experimental import multihost_utils
+
+    return number if jax.process_count() == 1 else int(multihost_utils.broadcast_one_to_all(np.int32(number)))
+
+
 def all_agree(mine: bool) -> bool:
     """Whether it is true in every process."""
     import jax

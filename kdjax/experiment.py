@@ -12,11 +12,11 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 from numpy.typing import NDArray
 
-from kdjax import chain, checkpoint, reuse, sharding
+from kdjax import chain, checkpoint, low_precision, reuse, sharding
 from kdjax import config as configs
 from kdjax.data import cache, curriculum, packing, sources, text
 from kdjax.errors import UserError, unknown
-from kdjax.model import Model, Variables
+from kdjax.model import Model, Variables, from_nnx
 from kdjax.tasks import classification, language
 
 MAIN = "teacher"  # the name of the first teacher; more have the names that the config gives them
@@ -44,14 +44,16 @@ class Experiment(NamedTuple):
     student_train: Any  # Split, as the student sees it: labels hidden, a class left out
     classes: int
     mesh: Mesh
-    teachers: dict[str, Model]
+    teachers: dict[str, Model]  # as they are asked, with the weights that teacher.weights stores
     student: Model
     distilled: Model  # the student as it is distilled: itself, or with the teacher's classifier
     config_sha256: str
     links: Mapping[str, Link] = MappingProxyType({})  # by arm, the distilled student the last; empty without a chain
+    teacher_mesh: Mesh | None = None  # devices of the teachers' own while the distilled student learns
     peers: tuple[Model, ...] = ()  # that learn beside the distilled student
     difficulty: NDArray[np.float32] | None = None  # of each example of student_train, for a curriculum
     signals: cache.Cache | None = None  # what the teacher said beforehand, in its place
+    floats: Mapping[str, Model] = MappingProxyType({})  # of teachers with stored weights, as they are trained
 
     @property
     def task(self) -> Any:
@@ -79,16 +81,26 @@ def load(config: ConfigDict, dataset: Any = None) -> Experiment:
         raise unknown("train.dtype", config.train.dtype, DTYPES)
     if config.task not in TASKS:
         raise unknown("task", config.task, TASKS)
+    _check_low_precision(config)
     task = TASKS[config.task]
-    mesh = sharding.make_mesh(config.mesh.to_dict())
+    mesh, teacher_mesh = sharding.make_meshes(config.mesh.to_dict(), config.teacher_mesh.to_dict())
+    if teacher_mesh is not None:
+        sharding.check_batch(config.data.batch_size, teacher_mesh)
+    if (config.train.overlap or teacher_mesh is not None) and (config.train.accumulate > 1 or config.teacher.cache):
+        raise UserError(
+            "teachers that run a batch ahead (train.overlap, teacher_mesh) need whole batches and run themselves: set "
+            "train.accumulate to 1 and leave out teacher.cache."
+        )
     sharding.check_batch(config.data.batch_size, mesh, config.train.accumulate)
     sharding.check_batch(config.data.eval_batch_size, mesh, what="data.eval_batch_size")
     curriculum.check(config.data.curriculum)
     dataset = task.load(config, dataset)
     members = {MAIN: config.teacher, **config.more_teachers}
     classes = task.classes(config, dataset)
-    build = lambda part: task.make_model(config, part, dataset, classes)
+    build = lambda part: _model(config, part, dataset, classes)
     teachers = {name: build(member(config, name)) for name in members}
+    kinds = {name: kind for name in members if (kind := member(config, name).weights)}
+    stores = {name: low_precision.of_stored(teachers[name], kind) for name, kind in kinds.items()}
     student = build(config.student)
     experiment = Experiment(
         config=config,
@@ -97,13 +109,48 @@ def load(config: ConfigDict, dataset: Any = None) -> Experiment:
         student_train=task.student_view(dataset, config),
         classes=classes,
         mesh=mesh,
-        teachers=teachers,
+        teacher_mesh=teacher_mesh,
+        teachers=teachers | stores,
         student=student,
         distilled=student,
         config_sha256=configs.sha256(config),
         peers=tuple(build(config.peers[name]) for name in config.peers),
+        floats={name: model._replace(init=teachers[name].init) for name, model in stores.items()},
     )
     return _with_signals(_with_classifier(_with_links(experiment, build)))
+
+
+def _check_low_precision(config: ConfigDict) -> None:
+    """Refuses what is stored or computed in few bits where that is not known or cannot be."""
+    if config.train.products not in low_precision.PRODUCTS:
+        raise unknown("train.products", config.train.products, low_precision.PRODUCTS[1:])
+    for name in (MAIN, *config.more_teachers):
+        kind = member(config, name).weights
+        if kind and kind not in low_precision.STORED:
+            raise unknown(f"weights of {name}", kind, low_precision.STORED)
+    if not config.teacher.weights:
+        return
+    stored = f"teacher.weights={config.teacher.weights}"
+    for key, takes in {
+        "student.init=teacher": config.student.init == language.FROM_TEACHER,
+        "student.reuse_classifier": config.student.reuse_classifier,
+        "a step of compress with of=teacher": any(step.of == MAIN for step in config.compress.values()),
+    }.items():
+        if takes:
+            raise UserError(f"{key} takes over weights of the teacher, which {stored} rounds: leave out one of both.")
+
+
+def _model(config: ConfigDict, part: ConfigDict, dataset: Any, classes: int) -> Model:
+    """The model of a part of the config, its dense products in what ``train.products`` says."""
+    task = TASKS[config.task]
+    if not config.train.products:
+        return task.make_model(config, part, dataset, classes)
+    if task is classification:
+        factory = task.make_factory(config, part, dataset, classes)
+        if part is config.student:
+            low_precision.check_dense(factory)
+        return from_nnx(low_precision.float8_modules(factory))
+    return low_precision.float8_decoder(task.make_model(config, part, dataset, classes))
 
 
 def _with_signals(experiment: Experiment) -> Experiment:
@@ -149,7 +196,9 @@ def within(experiment: Experiment, name: str) -> Experiment:
     """The experiment in which a link is the distilled student; this one, where the name is no link's."""
     if name not in experiment.links:
         return experiment
-    return experiment._replace(**experiment.links[name]._asdict(), links={})
+    link = experiment.links[name]
+    floats = experiment.floats if link.teachers is experiment.teachers else {}  # a link's weights are never stored
+    return experiment._replace(**link._asdict(), links={}, floats=floats)
 
 
 def refuse_language(experiment: Experiment, what: str) -> None:
@@ -171,7 +220,8 @@ def model_of(experiment: Experiment, name: str) -> Model:
     """The model that the arm of that name trains."""
     if name in experiment.links:
         return experiment.links[name].distilled
-    return {**experiment.teachers, ALONE: experiment.student, DISTILLED: experiment.distilled}[name]
+    students = {ALONE: experiment.student, DISTILLED: experiment.distilled}
+    return {**experiment.teachers, **experiment.floats, **students}[name]
 
 
 def asked(experiment: Experiment) -> dict[str, Model]:
@@ -183,7 +233,8 @@ def load_teacher(experiment: Experiment, name: str) -> Variables | None:
     """The weights that ``init`` of a teacher or an assistant names; ``None`` where it is to be trained.
 
     Those of a checkpoint come to the host; those of a Hugging Face folder straight onto the mesh, by the teacher's
-    sharding rules and in the dtype of the computation, since a frozen model needs no other.
+    sharding rules and in the dtype of the computation, since a frozen model needs no other. What ``teacher.weights``
+    stores comes to the host either way.
 
     Raises:
       UserError: no checkpoint there, a damaged one, one of another architecture (names the first parameter), or a
@@ -194,8 +245,29 @@ def load_teacher(experiment: Experiment, name: str) -> Variables | None:
         return None
     if language.is_folder(place):
         rules, dtype = experiment.config.sharding.teacher, jnp.dtype(experiment.config.train.dtype)
-        return as_cached(experiment, language.load_weights(place, experiment.mesh, rules, dtype))
-    return as_cached(experiment, load_weights(model_of(experiment, name), checkpoint_folder(place)))
+        # A model that is too large for the devices before its weights are stored may fit them afterwards.
+        mesh = _host_mesh() if name in experiment.floats else experiment.mesh
+        return as_cached(experiment, stored(experiment, name, language.load_weights(place, mesh, rules, dtype)))
+    variables = load_weights(model_of(experiment, name), checkpoint_folder(place))
+    return as_cached(experiment, stored(experiment, name, variables))
+
+
+def stored(experiment: Experiment, name: str, variables: Variables) -> Variables:
+    """The weights with which an arm teaches: a teacher's as ``teacher.weights`` stores them, on the host; else as they
+    are."""
+    kind = member(experiment.config, name).weights if name in experiment.floats else ""
+    return low_precision.store(variables, kind) if kind else variables
+
+
+def _host_mesh() -> Mesh:
+    """One device, the host's, whatever the accelerators."""
+    try:
+        return Mesh(np.asarray(jax.local_devices(backend="cpu")[:1]), ("data",))
+    except RuntimeError as error:  # JAX_PLATFORMS names accelerators alone
+        raise UserError(
+            "teacher.weights stores a Hugging Face folder on the host, and JAX was told to leave it out: add cpu to "
+            "JAX_PLATFORMS, as in JAX_PLATFORMS=cuda,cpu."
+        ) from error
 
 
 def load_weights(model: Model, folder: Path) -> Variables:

@@ -218,7 +218,7 @@ def make_objective(
             """Of every term that takes one position at a time."""
             view = _view(positions, tuple(teachers), hparams, combine)
             sums = {name: _sum(name, one, view, hparams)[0] for name, one in active.items() if one.by_position}
-            choice = jnp.argmax(view.logits, -1)
+            choice = _likeliest(view.logits)
             sums["accuracy"] = jnp.sum(view.valid * view.labelled * (choice == view.labels))
             if compares:
                 sums["agreement"] = jnp.sum(view.valid * (choice == _first_choice(view)))
@@ -397,9 +397,19 @@ def _view(positions: Positions, names: Sequence[str], hparams: Hparams, combine:
 def _first_choice(view: View) -> Array:
     """The class that the teachers find most likely, [n]."""
     if view.signal is None:
-        return jnp.argmax(view.teacher_logits(1.0), axis=-1)
+        return _likeliest(view.teacher_logits(1.0))
     best = jnp.argmax(view.signal.log_probs, axis=-1, keepdims=True)
     return jnp.take_along_axis(view.signal.ids, best, axis=-1)[..., 0]
+
+
+def _likeliest(logits: Array) -> Array:
+    """The class of the largest of logits [n, classes], the lowest among equals; no class where one is NaN.
+
+    XLA's CPU compiler makes vector instructions of two reductions and none of an argmax: a third of its time.
+    """
+    classes = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 1)
+    largest = jnp.max(logits, axis=-1, keepdims=True)
+    return jnp.min(jnp.where(logits == largest, classes, logits.shape[1]), axis=-1)
 
 
 def _sum(name: str, one: _Active, view: View, hparams: Hparams) -> tuple[Array, Any]:

@@ -141,7 +141,7 @@ def test_a_run_with_a_stored_teacher_resumes_with_it_alone(tmp_path):
     assert checkpoint.digest(given) == checkpoint.digest(low_precision.store(as_floats, "int8"))
     task, size = experiment.task, config.data.eval_batch_size
     accuracies = [
-        task.make_accuracy(one.teachers[MAIN], one.dataset, one.mesh, size)(weights)
+        task.make_accuracy(experiments.model_of(one, MAIN), one.dataset, one.mesh, size)(weights)
         for one, weights in ((plain, as_floats), (experiment, given))
     ]
     assert accuracies[0] > 0.6 and abs(accuracies[0] - accuracies[1]) < 0.01
@@ -212,7 +212,9 @@ def test_zeros_padding_and_what_is_not_finite():
 def lowered(task):
     """The distilled student's step of a tiny config with float8 products, as the compiler is given it."""
     config = helpers.tiny_language_config() if task == "language" else helpers.tiny_config()
-    config.train.products = "float8"
+    config.train.products, config.teacher.weights = "float8", "int8"
+    config.mesh = {"data": 2, "fsdp": 2, "tensor": 2}
+    config.sharding = {"student": sharding.DECODER, "teacher": sharding.DECODER}
     experiment = build.prepare(config)
     arm = build.make_arm(experiment, DISTILLED)
     state, batch = train.abstract_state(arm, experiment.mesh), next(arm.batches(0))

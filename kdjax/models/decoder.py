@@ -20,7 +20,8 @@ import numpy as np
 
 from kdjax.errors import UserError, unknown
 from kdjax.head import Head
-from kdjax.model import EVERY, Array, Model, Outputs, Params, Variables
+from kdjax.low_precision import product
+from kdjax.model import EVERY, STACK, Array, Model, Outputs, Params, Variables, at_use
 
 # What the backward pass keeps of a block: all it needs; the products with kernels; only the block's input.
 REMAT = {
@@ -150,6 +151,7 @@ def make_decoder(
         layers_of = _layers_of(config, taps)
 
         def block(x: Array, weights: Params) -> tuple[Array, dict[str, Array]]:
+            weights = at_use(STACK, weights)
             q, k, v = _qkv(config, weights["attention"], _rms(config, x, weights["attention_norm"]), rotation)
             x = x + _dense(attend(q, k, v).reshape(*x.shape[:2], -1), weights["attention"]["o"])
             x = x + _mlp(weights["mlp"], _rms(config, x, weights["mlp_norm"]))
@@ -173,7 +175,7 @@ def make_decoder(
         for k, of in layers_of.items():
             slots[k][of] = np.arange(len(of))
         # An id outside the vocabulary turns its sequence into NaN; plain indexing would read another token's row.
-        x = jnp.take(params["embed"]["embedding"], tokens, axis=0).astype(dtype)
+        x = jax.tree.map(lambda table: jnp.take(table, tokens, axis=0), params["embed"]["embedding"]).astype(dtype)
         scan = _loop if unrolled else jax.lax.scan
         (x, kept), _ = scan(walk, (x, kept), (params["blocks"], slots))
 
@@ -225,7 +227,7 @@ def _dense(x: Array, weights: Params) -> Array:
     """[b, t, m] to [b, t, n], in the dtype of ``x``; where the kernel is a product of two, by way of a few channels."""
     if "first" in weights:  # kdjax.compress.low_rank
         x, weights = _dense(x, weights["first"]), weights["second"]
-    y = x @ weights["kernel"].astype(x.dtype)
+    y = product(x, weights["kernel"])
     return y + weights["bias"].astype(x.dtype)[None, None] if "bias" in weights else y
 
 

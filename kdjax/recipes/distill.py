@@ -174,7 +174,8 @@ def _obtain(
     for name, variables in loaded.items():
         if variables is None:
             taught = taught_by(experiment, name, done)
-            done[name] = train_arm(experiment, name, workdir, teachers=taught, say=say)
+            trained = train_arm(experiment, name, workdir, teachers=taught, say=say)
+            done[name] = trained._replace(variables=experiments.stored(experiment, name, trained.variables))
             experiments.as_cached(experiment, done[name].variables)
         else:
             done[name] = Trained(variables, 0, None)

@@ -220,7 +220,9 @@ def _experiment(workdir: Path) -> Experiment:
     """The experiment of a workdir, in float32 on one device, wherever and however it was trained."""
     saved = configs.resolve(distill.saved_config(workdir))
     here = ConfigDict(saved.to_dict(), type_safe=False)
-    here.mesh, here.train.dtype = {"data": 1, "fsdp": 1}, "float32"
+    here.mesh, here.teacher_mesh = {"data": 1, "fsdp": 1}, {}
+    here.train.update(dtype="float32", products="")
+    here.teacher.weights = ""
     return experiments.load(here)._replace(config_sha256=configs.sha256(saved))
 
 

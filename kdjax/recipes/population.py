@@ -242,10 +242,11 @@ def _chosen_arm(
         return make(chunk=chunk), chunk
     arms = {chunk: make(chunk=chunk) for chunk in (count, 1)}
     times = {chunk: time_step(arm, experiment.mesh, programs) for chunk, arm in arms.items()}
-    best = min(times, key=lambda chunk: times[chunk])
+    best = cluster.of_first(min(times, key=lambda chunk: times[chunk]))  # times differ, and the program must not
     shown = ", ".join(f"{1e3 * seconds:.1f} ms with {chunk} at a time" for chunk, seconds in times.items())
     say(f"population: a step takes {shown}; going on with {best}.")
-    write_atomic(place, json.dumps({"chunk": best, "seconds": {str(k): v for k, v in times.items()}}) + "\n")
+    if cluster.is_first():
+        write_atomic(place, json.dumps({"chunk": best, "seconds": {str(k): v for k, v in times.items()}}) + "\n")
     return arms[best], best
 
 
