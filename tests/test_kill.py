@@ -11,7 +11,10 @@ import time
 
 import pytest
 
-COMMON = ("--config.mesh.data=1", "--config.checkpoint.every=15", "--config.log.every=5", "--config.log.eval_every=60")
+COMMON = (
+    *("--config.mesh.data=1", "--config.checkpoint.every=15", "--config.log.every=5", "--config.log.eval_every=60"),
+    "--config.compile_cache=workdir",
+)
 VISION = (
     *("--config.teacher.options={'widths': (8,), 'strides': (2,)}", "--config.teacher.steps=120"),
     *("--config.student.options={'widths': (4,), 'strides': (2,)}", "--config.train.steps=240"),
@@ -45,6 +48,7 @@ def finish(kind, workdir):
     assert process.returncode == 0, errors[-2000:]
     steps = [(line["arm"], line["step"]) for line in lines(workdir) if "loss" in line]
     assert len(steps) == len(set(steps))
+    assert any((workdir / "compiled").iterdir())  # programs for the next start
     if kind == "population":
         members = json.loads((workdir / "population.json").read_text())["members"]
         return [member["params_sha256"] for member in members]
@@ -108,5 +112,5 @@ def test_killed_in_a_save_and_told_to_stop(tmp_path):
 @pytest.mark.parametrize(("kind", "hits"), [("vision", 34), ("language", 33), ("population", 33)])
 def test_a_hundred_hits(tmp_path, kind, hits):
     """In rounds, each of which ends a run: it is too short for all of them at once."""
-    for number, round_hits in enumerate([*[6] * (hits // 6), hits % 6]):
+    for number, round_hits in enumerate([*[12] * (hits // 12), hits % 12]):
         an_interrupted_run_equals_a_whole_one(tmp_path / str(number), kind, round_hits, seed=number)
