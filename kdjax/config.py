@@ -254,15 +254,18 @@ _NAMED = ("more_teachers", "assistants", "peers", "stages", "compress")  # whose
 
 
 def _filled(config: ConfigDict) -> ConfigDict:
-    """A copy with what a part that is set as a whole leaves out, and each step of compression."""
-    config = ConfigDict(config.to_dict(), type_safe=False)
+    """A copy with what a part that is set as a whole, or the config of an older workdir, leaves out."""
+    config, defaults = ConfigDict(config.to_dict(), type_safe=False), default()
     _require_sections(config)
     for name, step in config.get("compress", {}).items():
         config.compress[name] = {**STEP, **step.to_dict()}
-    for key in ("init", "seed", "reuse_classifier"):
-        config.student[key] = config.student.get(key, default().student[key])
-    config.teacher.weights = config.teacher.get("weights", "")
-    config.train.products = config.train.get("products", "")
+    for section in ("data", "train", "checkpoint", "log", "teacher", "student"):
+        for key, value in defaults[section].items():
+            if key not in config[section] and key != "options":  # those are of the model that it names
+                config[section][key] = value
+    for key, value in defaults.items():
+        if key not in config:
+            config[key] = value
     return config
 
 
