@@ -160,6 +160,8 @@ class Float8:
 
 def product(x: Array, kernel: Any) -> Array:
     """x [..., m] @ kernel [m, n] in the dtype of x; the kernel is an array, :class:`Stored` or :class:`Float8`."""
+    if not isinstance(kernel, Float8) and not all(isinstance(size, int) for size in x.shape):
+        return x @ kernel.astype(x.dtype)  # of symbolic sizes, in an export: converters know this form best
     # As a product of two matrices: XLA's CPU gradient of a batched one is slower.
     rows = x.reshape(-1, x.shape[-1])
     if isinstance(kernel, Float8):

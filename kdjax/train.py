@@ -129,6 +129,7 @@ def run(
         with clock.on("restore"):
             current, done, before = _start(arm, mesh, checkpoints, meta, say)
             teachers = put_teachers(arm.teacher_variables, arm.teacher_mesh or mesh, arm.teacher_rules)
+        trained = before
         log = stack.enter_context(Log(arm, every, writers, clock, checkpoints))
         log.begin(done)
         trace = stack.enter_context(Profile(every.profile, profile))
@@ -136,7 +137,7 @@ def run(
         def save(done: int, state: TrainState, accuracy: float | None = None) -> None:
             assert checkpoints is not None
             with clock.on("save"):
-                checkpoints.save(done, state, {**meta, "seconds": before + clock.training()}, accuracy)
+                checkpoints.save(done, state, {**meta, "seconds": trained}, accuracy)
 
         for stage in arm.stages:
             if done >= stage.stop:
@@ -179,6 +180,7 @@ def run(
                     bound = 0 if evaluates or saves or done == stage.stop or trace.ends_at(done) else MAX_IN_FLIGHT
                     while len(pending) > bound:
                         log.take(*pending.popleft(), names, stage.stop)
+                    trained = before + clock.training()
                     trace.end(done)
                     accuracy = None
                     if evaluate and evaluates:
@@ -193,8 +195,7 @@ def run(
             raise _interrupted(arm, done, checkpoints, signals.received)
     if checkpoints:
         checkpoints.wait()
-    seconds = before + clock.training()
-    return Finished(current, done * arm.batch_size / seconds if seconds else None)
+    return Finished(current, done * arm.batch_size / trained if trained else None)
 
 
 def abstract_state(arm: Arm, mesh: Mesh) -> TrainState:
