@@ -63,6 +63,7 @@ LAYOUT: ContextVar[Callable[[str, Any], Any]] = ContextVar("layout", default=lam
 
 
 STACK = "params/blocks"  # the path of stacked layers among the variables
+ROWS = "rows"  # in place of a path: what was looked up in a table for each token [b, t, width]
 
 
 def at_use(path: str, weights: Any) -> Any:

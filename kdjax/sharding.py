@@ -12,7 +12,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from kdjax.compress.weights import is_decoder
 from kdjax.errors import UserError, unknown
-from kdjax.model import LAYOUT, STACK, Model, flatten_paths, path_name
+from kdjax.model import LAYOUT, ROWS, Model, flatten_paths, path_name
 
 Rules = Sequence[tuple[str, str]]
 TACTICS = ("replicate", "fsdp", "tensor:DIMENSION", "tensor:DIMENSION+fsdp")
@@ -141,6 +141,9 @@ def gathered(model: Model, mesh: Mesh, rules: Rules) -> Model:
     dimensions = {path: leaf.ndim for path, leaf in flatten_paths(shapes).items()}
 
     def lay(path: str, weights: Any) -> Any:
+        if path == ROWS:  # of the tokens that are a device's own
+            return jax.lax.with_sharding_constraint(weights, over_batch(mesh))
+
         def one(below: Any, x: jax.Array) -> jax.Array:
             name = f"{path}/{path_name(below)}"
             spec = placed[name].spec
@@ -154,8 +157,10 @@ def gathered(model: Model, mesh: Mesh, rules: Rules) -> Model:
 
     def apply(variables, inputs, **options):
         params = variables["params"]
-        later = STACK.split("/")[1:] if is_decoder(params) else []
-        params = {name: x if name in later else lay(f"params/{name}", x) for name, x in params.items()}
+        # A decoder asks for its layers by itself, and its tables stay as they lie: nothing as long as a vocabulary
+        # should be whole on a device.
+        left = ("blocks", "embed", "head") if is_decoder(params) else ()
+        params = {name: x if name in left else lay(f"params/{name}", x) for name, x in params.items()}
         before = LAYOUT.set(lay)
         try:
             return model.apply({**variables, "params": params}, inputs, **options)

@@ -21,7 +21,7 @@ import numpy as np
 from kdjax.errors import UserError, unknown
 from kdjax.head import Head
 from kdjax.low_precision import product
-from kdjax.model import EVERY, STACK, Array, Model, Outputs, Params, Variables, at_use
+from kdjax.model import EVERY, ROWS, STACK, Array, Model, Outputs, Params, Variables, at_use
 
 # What the backward pass keeps of a block: all it needs; the products with kernels; only the block's input.
 REMAT = {
@@ -176,6 +176,7 @@ def make_decoder(
             slots[k][of] = np.arange(len(of))
         # An id outside the vocabulary turns its sequence into NaN; plain indexing would read another token's row.
         x = jax.tree.map(lambda table: jnp.take(table, tokens, axis=0), params["embed"]["embedding"]).astype(dtype)
+        x = at_use(ROWS, x)
         scan = _loop if unrolled else jax.lax.scan
         (x, kept), _ = scan(walk, (x, kept), (params["blocks"], slots))
 
