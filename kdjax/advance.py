@@ -12,7 +12,7 @@ from jax.sharding import Mesh, NamedSharding
 from kdjax import sharding
 from kdjax.model import Variables
 from kdjax.state import TrainState
-from kdjax.step import Lesson, Parts, Step
+from kdjax.step import Lesson, Step
 
 Host = Mapping[str, np.ndarray]  # this process's share of a batch
 # advance(state, next_batch, last) -> (state, [2, metrics]): one step; ``last`` says that no batch follows.
@@ -74,14 +74,7 @@ def plain(
 
 
 def overlapped(
-    step: Step,
-    parts: Parts,
-    mesh: Mesh,
-    state: TrainState,
-    teachers: Teachers,
-    batch: Host,
-    hparams: Any,
-    programs: Programs,
+    step: Step, mesh: Mesh, state: TrainState, teachers: Teachers, batch: Host, hparams: Any, programs: Programs
 ) -> tuple[Advance, Program]:
     """The teachers' forward pass of the next batch and the student's update of this one, in one program.
 
@@ -90,17 +83,17 @@ def overlapped(
 
     def ahead(carry, teachers, batch, hparams):
         state, lesson = carry
-        following = _apart(parts.teach)(teachers, batch, state.view_key)
-        state, metrics = parts.learn(state, lesson, hparams)
+        following = _apart(step.teach)(teachers, batch, state.view_key)
+        state, metrics = step.learn(state, lesson, hparams)
         return (state, following), metrics
 
     if step not in programs:
         example = sharding.abstract_batch(batch, mesh)
-        teach, lesson = _compile_teach(parts, teachers, example, state.view_key)
+        teach, lesson = _compile_teach(step, teachers, example, state.view_key)
         carry = (_shardings(state), _shardings(lesson))
         programs[step] = compile_step(ahead, mesh, carry, (state, lesson), teachers, example, hparams)
-        programs[parts] = teach
-    program, teach = programs[step], programs[parts]
+        programs[step.teach] = teach
+    program, teach = programs[step], programs[step.teach]
     held: list[Any] = []  # the lesson of this batch, and the batch
 
     def advance(state, next_batch, last):
@@ -118,7 +111,6 @@ def overlapped(
 
 def on_two_meshes(
     step: Step,
-    parts: Parts,
     mesh: Mesh,
     teacher_mesh: Mesh,
     state: TrainState,
@@ -141,13 +133,13 @@ def on_two_meshes(
 
     example = sharding.abstract_batch(batch, teacher_mesh)
     if step not in programs:
-        teach, lesson = _compile_teach(parts, teachers, example, view_key)
+        teach, lesson = _compile_teach(step, teachers, example, view_key)
         there = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=target(x)), lesson)
-        programs[step] = compile_step(parts.learn, mesh, _shardings(state), state, there, hparams)
-        programs[parts] = teach
-    program, teach = programs[step], programs[parts]
+        programs[step] = compile_step(step.learn, mesh, _shardings(state), state, there, hparams)
+        programs[step.teach] = teach
+    program, teach = programs[step], programs[step.teach]
     weights = len(jax.tree.leaves(teachers))
-    constant = _independent(jax.make_jaxpr(parts.teach)(teachers, example, view_key).jaxpr, weights)
+    constant = _independent(jax.make_jaxpr(step.teach)(teachers, example, view_key).jaxpr, weights)
     once: dict[int, jax.Array] = {}
     held: list[Lesson] = []
 
@@ -175,9 +167,9 @@ def _apart(teach: Callable[..., Lesson]) -> Callable[..., Lesson]:
     return lambda *args: barrier(teach(*barrier(args)))
 
 
-def _compile_teach(parts: Parts, *args: Any) -> tuple[Any, Any]:
+def _compile_teach(step: Step, *args: Any) -> tuple[Any, Any]:
     """The teachers' half alone, compiled, and the shapes and shardings of a lesson."""
-    jitted = jax.jit(_apart(parts.teach))
+    jitted = jax.jit(_apart(step.teach))
     compiled = jitted.lower(*args).compile()
     shapes = jax.eval_shape(jitted, *args)
     placed = lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)

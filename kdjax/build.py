@@ -20,7 +20,7 @@ from kdjax.errors import UserError
 from kdjax.experiment import ALONE, DISTILLED, MAIN, STUDENTS, Experiment, member, model_of, within
 from kdjax.model import Model, Variables, tap_shapes
 from kdjax.stages import Plan, make_plan
-from kdjax.step import make_parts, make_train_step
+from kdjax.step import make_train_step
 from kdjax.taps import Network
 from kdjax.tasks import language
 
@@ -313,20 +313,23 @@ def _stage(
     places = (experiment.teacher_mesh or experiment.mesh, config.sharding.teacher)
     asked = {name: sharding.gathered(teacher, *places) for name, teacher in asked.items()}
     model = sharding.gathered(model, experiment.mesh, rules)
-    options: dict[str, Any] = {
-        "preprocess": experiment.task.make_preprocess(experiment.dataset, augment),
-        "hparams_at": hparams_at,
-        "ema_decay": ema,
-        "members": members,
-        "chunk": chunk,
-        "skip_nan": config.train.skip_nan > 0,
-    }
-    step = make_train_step(model, asked, goal, transform, accumulate=config.train.accumulate, **options)
-    ahead = asked and (config.train.overlap or experiment.teacher_mesh is not None)
+    step = make_train_step(
+        model,
+        asked,
+        goal,
+        transform,
+        preprocess=experiment.task.make_preprocess(experiment.dataset, augment),
+        hparams_at=hparams_at,
+        accumulate=config.train.accumulate,
+        ema_decay=ema,
+        members=members,
+        chunk=chunk,
+        skip_nan=config.train.skip_nan > 0,
+    )
     values = [schedules.values(terms | rate) for terms, rate in found]
     hparams = jax.tree.map(lambda *x: np.stack(x), *values) if members else values[0]
-    parts = make_parts(model, asked, goal, transform, **options) if ahead else None
-    return train.Stage(plan.start, plan.stop, step, hparams, goal, parts)
+    ahead = bool(asked) and (config.train.overlap or experiment.teacher_mesh is not None)
+    return train.Stage(plan.start, plan.stop, step, hparams, goal, ahead)
 
 
 def _numbers(hparams: Mapping[str, Any], losses: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:

@@ -20,7 +20,7 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
 
 from kdjax import cluster, sharding
-from kdjax.errors import UserError
+from kdjax.errors import UserError, first_line
 from kdjax.model import Variables, first_mismatch, flatten_paths
 from kdjax.state import TrainState, inference_variables
 from kdjax.untrusted import parse_json
@@ -182,7 +182,7 @@ def _read(path: Path, wanted: dict[str, Any]) -> dict[str, Any]:
         if not isinstance(restored["meta"], dict) or not isinstance(restored["meta"].get("checksums"), dict):
             reason = "its meta has no checksums"
     except Exception as error:  # orbax and tensorstore raise many kinds for a damaged file
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:160]
+        reason = first_line(error)[:160]
     if not cluster.all_agree(not reason):
         raise _Damaged(reason or "another process cannot read its part")
     checksums = restored["meta"]["checksums"]

@@ -322,13 +322,18 @@ def run(argv: Sequence[str]) -> int:
         call = _parse(verb, argv[1:])
         place = _cluster(call)
     except UserError as error:
-        if "--verbose" in argv:
-            traceback.print_exc()
-        print(f"kdjax: {error}", file=sys.stderr)
-        return 2
+        return _refused(error, "--verbose" in argv)
     if place is None:
         return _act(verb, call)
     return cluster.supervise(place, lambda: _as_one_of_many(place, lambda: _act(verb, call)))
+
+
+def _refused(error: UserError, verbose: bool = False) -> int:
+    """Shows bad input as its sentence; returns the exit code."""
+    if verbose:
+        traceback.print_exc()
+    print(f"kdjax: {error}", file=sys.stderr)
+    return 2
 
 
 def _shown(text: str) -> int:
@@ -351,8 +356,7 @@ def _as_one_of_many(place: cluster.Cluster, act: Callable[[], int]) -> int:
         cluster.join(place)
         code = act()
     except UserError as error:
-        print(f"kdjax: {error}", file=sys.stderr)
-        return 2
+        return _refused(error)
     except Exception:
         traceback.print_exc()
         cluster.verdict()
@@ -368,10 +372,7 @@ def _act(verb: str, call: Call) -> int:
         _keep_compiled(call)
         VERBS[verb](call)
     except UserError as error:
-        if call.flags.verbose:
-            traceback.print_exc()
-        print(f"kdjax: {error}", file=sys.stderr)
-        return 2
+        return _refused(error, call.flags.verbose)
     except KeyboardInterrupt:
         print("kdjax: interrupted before a step was made. Run the same command to begin again.", file=sys.stderr)
         return 130

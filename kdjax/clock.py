@@ -68,7 +68,7 @@ class Watchdog(contextlib.AbstractContextManager):
     def __init__(self, arm: str, clock: Clock, stall_s: float, exit_s: float = 0.0):
         self._arm, self._clock, self._stall_s, self._exit_s = arm, clock, stall_s, exit_s
         self._done = threading.Event()
-        self._moved = (0, time.perf_counter())  # at which step, since when
+        self.step = 0  # as far as the arm has come
 
     def __enter__(self) -> "Watchdog":
         limits = [limit for limit in (self._stall_s, self._exit_s) if limit > 0]
@@ -79,26 +79,21 @@ class Watchdog(contextlib.AbstractContextManager):
     def __exit__(self, *_: object) -> None:
         self._done.set()
 
-    def moved(self, step: int) -> None:
-        """The arm has come as far as this step."""
-        self._moved = (step, time.perf_counter())
-
     def _watch(self, every: float) -> None:
         due, seen = self._stall_s, -1.0
         while not self._done.wait(every):
-            step, since = self._moved
-            since = max(since, self._clock.since)  # another cause is a move as well
+            since = self._clock.since  # a step turns it at least once
             if since != seen:
                 due, seen = self._stall_s, since
             waited = time.perf_counter() - since
             what = CAUSES[self._clock.cause]
             if 0 < due <= waited:
-                self._say(f"{self._arm} has waited {waited:.0f} s for {what}, after step {step}.")
+                self._say(f"{self._arm} has waited {waited:.0f} s for {what}, after step {self.step}.")
                 due *= 2
             if 0 < self._exit_s <= waited:
                 self._say(
                     f"{self._arm} stops: it has waited {waited:.0f} s (log.stall_exit_s) for {what}, after step "
-                    f"{step}; checkpoints written before are kept, so run the same command again."
+                    f"{self.step}; checkpoints written before are kept, so run the same command again."
                 )
                 os._exit(GONE)
 

@@ -12,7 +12,11 @@ import time
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar
 
-from kdjax.errors import UserError
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from kdjax.errors import UserError, first_line
 
 GONE = 75  # exit code: another process is gone, or nothing moves; to be tried again (EX_TEMPFAIL of sysexits.h)
 _PULSES, _ENDED = "kdjax/pulse/", "kdjax/ended/"  # where processes say that they live, and why they end
@@ -91,8 +95,6 @@ def join(cluster: Cluster) -> None:
       UserError: there is no cluster. Where the others do not come, the process ends with ``GONE``.
     """
     global _pulse
-    import jax
-
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     given: dict[str, Any] = {}
     if cluster.coordinator:
@@ -104,15 +106,15 @@ def join(cluster: Cluster) -> None:
         jax.distributed.initialize(**given, heartbeat_timeout_seconds=timeout)
     except ValueError as error:
         raise UserError(
-            f"there is no cluster to join ({_first_line(error)}): start kdjax by the scheduler, or give --coordinator."
+            f"there is no cluster to join ({first_line(error)}): start kdjax by the scheduler, or give --coordinator."
         ) from error
     except RuntimeError as error:  # a time that ran out
         where = f"the processes at {cluster.coordinator}" if cluster.coordinator else "the other processes"
-        _say(f"{cluster.name} did not reach {where} ({_first_line(error)}): are all of them started? {_GO_ON}")
+        _say(f"{cluster.name} did not reach {where} ({first_line(error)}): are all of them started? {_GO_ON}")
         os._exit(GONE)
     # C libraries (gloo) write to the first descriptor too, and it is for what the command prints.
     sys.stdout.flush()
-    shown = os.dup(1) if jax.process_index() == 0 else os.open(os.devnull, os.O_WRONLY)
+    shown = os.dup(1) if is_first() else os.open(os.devnull, os.O_WRONLY)
     sys.stdout = os.fdopen(shown, "w", buffering=1)
     os.dup2(2, 1)
     _pulse = _Pulse(cluster.heartbeat)
@@ -126,8 +128,6 @@ def leave(code: int) -> None:
     """
     if _pulse is None:
         return
-    import jax
-
     if code in (0, 128 + signal.SIGTERM):
         _pulse.stop()
         jax.distributed.shutdown()
@@ -146,8 +146,6 @@ def verdict() -> None:
 
 def is_first() -> bool:
     """Whether this process writes and speaks for all."""
-    import jax
-
     return jax.process_index() == 0
 
 
@@ -157,10 +155,6 @@ def by_first(function: Callable[[], Result]) -> Result | None:
     Raises:
       UserError: in every process, where it is raised in the first.
     """
-    import jax
-    import numpy as np
-    from jax.experimental import multihost_utils
-
     sentence, result = "", None
     if is_first():
         try:
@@ -179,26 +173,16 @@ def by_first(function: Callable[[], Result]) -> Result | None:
 
 def of_first(number: int) -> int:
     """The number that the first process gives."""
-    import jax
-    import numpy as np
-    from jax.experimental import multihost_utils
-
     return number if jax.process_count() == 1 else int(multihost_utils.broadcast_one_to_all(np.int32(number)))
 
 
 def all_agree(mine: bool) -> bool:
     """Whether it is true in every process."""
-    import jax
-    import numpy as np
-    from jax.experimental import multihost_utils
-
     return mine if jax.process_count() == 1 else bool(np.all(multihost_utils.process_allgather(np.bool_(mine))))
 
 
 def stop_requested() -> bool:
     """Whether all processes stop here, since SIGTERM came to one of them: true at the same call in each."""
-    from jax.experimental import multihost_utils
-
     return multihost_utils.reached_preemption_sync_point(next(_calls))
 
 
@@ -272,10 +256,6 @@ def _answers(place: str) -> bool:
 def _die_with_parent() -> None:
     with contextlib.suppress(OSError, AttributeError):  # not Linux
         ctypes.CDLL("libc.so.6").prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
 
 
 def _say(sentence: str) -> None:

@@ -25,6 +25,11 @@ def visible(text: str) -> str:
     return "".join(c if shown(c) else f"<U+{ord(c):04X}>" for c in text)
 
 
+def first_line(error: BaseException) -> str:
+    """What an error of another library says in its first line, without a full stop; its kind where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+
+
 def unknown(kind: str, name: object, valid: Iterable[str]) -> UserError:
     """The error for a name that is not in a table: gives the nearest valid name and lists them all."""
     valid = sorted(valid)

@@ -24,6 +24,11 @@ _NOT_SHOWN = ("grad_norm", "update_norm", "skipped")  # in the terminal's one li
 _NOT_TERMS = ("loss", "grad_norm", "update_norm")
 
 
+def due(done: int, every: int, last: int) -> bool:
+    """Whether something is to be done after a step: each so many steps (0: never), and after the last."""
+    return done == last or (every > 0 and done % every == 0)
+
+
 class Log(contextlib.AbstractContextManager):
     """Gathers the metrics of an arm's steps into one line every ``every.log`` steps, and stops the run at a NaN."""
 
@@ -71,8 +76,7 @@ class Log(contextlib.AbstractContextManager):
             if self._skipped > self._every.skip_nan:
                 raise self._not_finite(number, [f"loss or gradient, {self._skipped} steps in a row"])
         self._window.append(pairs)
-        due = number == last or (self._every.log > 0 and number % self._every.log == 0)
-        if due or number == self._last:  # stages have their own metrics, so a window ends with its stage
+        if due(number, self._every.log, last):  # stages have their own metrics, so a window ends with its stage
             self._flush(number, names)
 
     def evaluated(self, number: int, accuracy: float) -> None:

@@ -22,9 +22,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from kdjax.compress.weights import is_decoder, is_stacked, weights_of
+from kdjax import sharding
+from kdjax.compress.weights import is_decoder, scale_axes, weights_of
 from kdjax.errors import UserError
-from kdjax.model import LAYOUT, Array, Model, Params, Variables, path_name
+from kdjax.model import LAYOUT, Array, Model, Variables, path_name
 
 INT8, FLOAT8 = "int8", "float8_e4m3"
 # What a teacher's weights can be stored in -> the dtype, and the magnitude that a channel's largest weight gets.
@@ -97,8 +98,10 @@ def store(variables: Variables, kind: str) -> Variables:
         if name not in weights or leaf.size < _SMALLEST_STORED:
             return leaf
         if not isinstance(leaf, jax.core.Tracer):
-            leaf = _on_host(leaf)
-        return leaf.astype(dtype) if kind == "bfloat16" else _rounded(leaf, dtype, bound, _shared(name, leaf, params))
+            leaf = np.asarray(sharding.to_host(leaf))
+        if kind == "bfloat16":
+            return leaf.astype(dtype)
+        return _rounded(leaf, dtype, bound, scale_axes(name, leaf, params))
 
     return {**variables, "params": jax.tree_util.tree_map_with_path(stored, params)}
 
@@ -123,28 +126,14 @@ def of_stored(model: Model, kind: str) -> Model:
     return Model(lambda key: store(model.init(key), kind), apply)
 
 
-def _rounded(weight: Any, dtype: Any, bound: float, shared: tuple[int, ...]) -> Stored:
-    """In methods that NumPy's and JAX's arrays both have."""
+def _rounded(weight: Any, dtype: Any, bound: float, own: tuple[int, ...]) -> Stored:
+    """In methods that NumPy's and JAX's arrays both have; each index of the axes ``own`` has a scale."""
+    shared = tuple(axis for axis in range(weight.ndim) if axis not in own)
     wide = weight.astype(np.float32)
     # Clipped, so that a channel of zeros has a scale to be divided by.
     scale = abs(wide).max(axis=shared, keepdims=True).clip(1e-30) / np.float32(bound)
     values = wide / scale
     return Stored(values.round().astype(dtype) if dtype == jnp.int8 else values.astype(dtype).view(np.uint8), scale)
-
-
-def _shared(path: str, weight: Any, params: Params) -> tuple[int, ...]:
-    """The axes along which one scale holds: all but a table's rows, a kernel's outputs, and stacked layers."""
-    if path.endswith("embedding") or (is_decoder(params) and path == "head/kernel"):  # [vocabulary, width]
-        return tuple(range(1, weight.ndim))
-    return tuple(range(1 if is_stacked(path, params) else 0, weight.ndim - 1))
-
-
-def _on_host(leaf: Any) -> np.ndarray:
-    if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:  # no process has all of it
-        from jax.experimental import multihost_utils
-
-        return np.asarray(multihost_utils.process_allgather(leaf, tiled=True))
-    return np.asarray(jax.device_get(leaf))
 
 
 # --------------------------------------------------------------------------------------------------- float8 products

@@ -7,9 +7,9 @@ from typing import Any
 
 from kdjax import report_html as ui
 from kdjax import report_parts as parts
+from kdjax.errors import visible
 from kdjax.report_parts import History
 from kdjax.results import ARMS, caveat, rows
-from kdjax.untrusted import visible
 from kdjax.writers import write_atomic
 
 _CSS = """

@@ -11,8 +11,9 @@ import numpy as np
 
 from kdjax import progress, report_plots
 from kdjax import report_html as ui
+from kdjax.memory import bytes_text
 from kdjax.progress import History, Series, series
-from kdjax.results import ARMS, bytes_text, headline
+from kdjax.results import ARMS, headline
 
 SERIES_COLORS = ("s1", "s2", "s3", "s4", "s5")
 CAUSE_COLORS = dict(zip(progress.CAUSES, ("s1", "s2", "s3", "s5", "s4", "muted", "bad"), strict=True))

@@ -18,7 +18,6 @@ from rich.table import Table
 
 from kdjax import metrics
 from kdjax.errors import UserError, unknown
-from kdjax.memory import bytes_text as bytes_text
 from kdjax.untrusted import parse_json, terminal
 from kdjax.writers import write_atomic
 

@@ -4,6 +4,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from kdjax import memory
 from kdjax import results as contract
 
 
@@ -81,7 +82,7 @@ KIND = contract.Kind(
     caveat=_caveat,
     columns={
         "parameters": lambda arm: f"{arm['params']:,}",
-        "weights": lambda arm: contract.bytes_text(arm["weights_bytes"]),
+        "weights": lambda arm: memory.bytes_text(arm["weights_bytes"]),
         "accuracy %": lambda arm: f"{100 * arm['test']['accuracy']:.2f}",
         "macro F1": lambda arm: f"{arm['test']['macro_f1']:.4f}",
         "NLL (nats)": lambda arm: f"{arm['test']['nll']:.4f}",

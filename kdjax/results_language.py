@@ -4,6 +4,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from kdjax import memory
 from kdjax import results as contract
 
 TASK = "language"
@@ -165,7 +166,7 @@ KIND = contract.Kind(
     caveat=_caveat,
     columns={
         "parameters": lambda arm: f"{arm['params']:,}",
-        "weights": lambda arm: contract.bytes_text(arm["weights_bytes"]),
+        "weights": lambda arm: memory.bytes_text(arm["weights_bytes"]),
         "bits per byte": lambda arm: f"{arm['test']['bits_per_byte']:.4f}",
         "perplexity": lambda arm: f"{arm['test']['perplexity']:.4g}",
         "NLL (nats/token)": lambda arm: f"{arm['test']['nll']:.4f}",

@@ -128,6 +128,12 @@ def by_rules(tree: Any, mesh: Mesh, rules: Rules, *, members: int = 0) -> Any:
     return jax.tree_util.tree_map_with_path(choose, tree)
 
 
+def placed(tree: Any, mesh: Mesh, rules: Rules, *, members: int = 0) -> Any:
+    """The shapes and dtypes of a tree of arrays or shapes, with the shardings of ``by_rules``."""
+    places = by_rules(tree, mesh, rules, members=members)
+    return jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), tree, places)
+
+
 def gathered(model: Model, mesh: Mesh, rules: Rules) -> Model:
     """The model, of whose weights each device has a whole copy while it uses them, but for their share of ``tensor``.
 
@@ -137,8 +143,7 @@ def gathered(model: Model, mesh: Mesh, rules: Rules) -> Model:
     if mesh.shape.get("fsdp", 1) == 1:
         return model
     shapes = jax.eval_shape(model.init, jax.random.key(0))
-    placed = flatten_paths(by_rules(shapes, mesh, rules))
-    dimensions = {path: leaf.ndim for path, leaf in flatten_paths(shapes).items()}
+    places = flatten_paths(placed(shapes, mesh, rules))
 
     def lay(path: str, weights: Any) -> Any:
         if path == ROWS:  # of the tokens that are a device's own
@@ -146,10 +151,8 @@ def gathered(model: Model, mesh: Mesh, rules: Rules) -> Model:
 
         def one(below: Any, x: jax.Array) -> jax.Array:
             name = f"{path}/{path_name(below)}"
-            spec = placed[name].spec
-            axes = [*spec, *[None] * (dimensions[name] - len(spec))][
-                dimensions[name] - x.ndim :
-            ]  # a layer has no first
+            spec, whole = places[name].sharding.spec, places[name].ndim
+            axes = [*spec, *[None] * (whole - len(spec))][whole - x.ndim :]  # a layer has no first
             kept = (axis if axis == TENSOR else None for axis in axes)
             return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(*kept)))
 
@@ -177,9 +180,9 @@ def put_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Arra
         return {name: jax.make_array_from_process_local_data(sharding, value) for name, value in batch.items()}
 
 
-def abstract_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
-    """What ``put_batch`` makes of a process's share of a batch, as shapes."""
-    size, place = global_size(batch), over_batch(mesh)
+def abstract_batch(batch: Mapping[str, np.ndarray], mesh: Mesh, size: int = 0) -> dict[str, jax.ShapeDtypeStruct]:
+    """What ``put_batch`` makes of a process's share of a batch, as shapes; of another ``size`` where that is given."""
+    size, place = size or global_size(batch), over_batch(mesh)
     dtype = jax.dtypes.canonicalize_dtype
     return {k: jax.ShapeDtypeStruct((size, *x.shape[1:]), dtype(x.dtype), sharding=place) for k, x in batch.items()}
 

@@ -1,7 +1,8 @@
 """The step: the teachers' forward pass and the students' update, as one pure function for the caller to jit."""
 
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,20 +15,30 @@ from kdjax.state import TrainState, parted, trainable
 
 HPARAMS = "hparams/"  # what the names of hyperparameters among the metrics begin with
 Metrics = dict[str, tuple[Array, Array]]
-Step = Callable[[TrainState, Mapping[str, Variables], Batch, Hparams], tuple[TrainState, Metrics]]
 Lesson = tuple[Batch, dict[str, Outputs]]  # a batch as it is learned from, and what each teacher says of it
 
 
-class Parts(NamedTuple):
-    """A step in two, so that the teachers may be a batch ahead of the student: ``step`` is one after the other.
+@dataclass(frozen=True)
+class Step:
+    """``step(state, teacher_variables, batch, hparams) -> (state, metrics)``, to be jitted as a function is.
 
     Attributes:
-      teach: ``teach(teacher_variables, batch, view_key) -> lesson``.
-      learn: ``learn(state, lesson, hparams) -> (state, metrics)``.
+      whole: that function.
+      teach: ``teach(teacher_variables, batch, view_key) -> lesson``, the half that is the teachers', who may so be a
+        batch ahead of the student.
+      learn: ``learn(state, lesson, hparams) -> (state, metrics)``, the student's, of whole batches: not for a step
+        that accumulates.
     """
 
+    whole: Callable[[TrainState, Mapping[str, Variables], Batch, Hparams], tuple[TrainState, Metrics]]
     teach: Callable[[Mapping[str, Variables], Batch, Array], Lesson]
     learn: Callable[[TrainState, Lesson, Hparams], tuple[TrainState, Metrics]]
+
+    def __call__(
+        self, state: TrainState, teacher_variables: Mapping[str, Variables], batch: Batch, hparams: Hparams
+    ) -> tuple[TrainState, Metrics]:
+        """Both halves, one after the other."""
+        return self.whole(state, teacher_variables, batch, hparams)
 
 
 def make_train_step(
@@ -75,34 +86,6 @@ def make_train_step(
       ``grad_norm``, ``update_norm``, with ``skip_nan`` also ``skipped``, and each hyperparameter as used, under
       ``hparams/NAME``.
     """
-    step, _ = _make(**locals())
-    return step
-
-
-def make_parts(
-    student: Model,
-    teachers: Mapping[str, Model],
-    objective: Objective,
-    optimizer: optax.GradientTransformation,
-    **options: Any,
-) -> Parts:
-    """The step of ``make_train_step``, of the same arguments without ``accumulate``, in its two parts."""
-    return _make(student, teachers, objective, optimizer, **options)[1]
-
-
-def _make(
-    student: Model,
-    teachers: Mapping[str, Model],
-    objective: Objective,
-    optimizer: optax.GradientTransformation,
-    preprocess: Callable[[Batch, Array], Batch] | None = None,
-    hparams_at: Callable[[Hparams, Array], Hparams] | None = None,
-    accumulate: int = 1,
-    ema_decay: float = 0.0,
-    members: int = 0,
-    chunk: int = 0,
-    skip_nan: bool = False,
-) -> tuple[Step, Parts]:
     optimizer = optax.with_extra_args_support(optimizer)
     if not objective.uses_teacher:
         teachers = {}
@@ -206,7 +189,7 @@ def _make(
         metrics |= {f"{HPARAMS}{name}": (jnp.asarray(value, jnp.float32), one) for name, value in values.items()}
         return state, metrics
 
-    return step, Parts(teach, learn)
+    return Step(step, teach, learn)
 
 
 def _over_members(members: int, chunk: int) -> Callable[[Callable], Callable]:

@@ -18,11 +18,11 @@ from kdjax.checkpoint import Checkpoints
 from kdjax.clock import Clock, Profile, Watchdog
 from kdjax.errors import UserError
 from kdjax.interrupts import Interrupted, Signals
-from kdjax.log import Log, Writer
+from kdjax.log import Log, Writer, due
 from kdjax.model import Variables, first_mismatch
 from kdjax.objective import Objective
 from kdjax.state import TrainState
-from kdjax.step import Parts, Step
+from kdjax.step import Step
 
 # With several CPU devices in a process, more than about 32 steps in flight deadlock without a message.
 MAX_IN_FLIGHT = 16
@@ -36,7 +36,7 @@ class Stage(NamedTuple):
     step: Step
     hparams: Any  # host values of the schedules that the step takes
     objective: Objective | None = None  # what it minimises, for those who look into it
-    parts: Parts | None = None  # the step in two, where the teachers are to be a batch ahead
+    ahead: bool = False  # whether the teachers are a batch ahead
 
 
 class Keys(NamedTuple):
@@ -61,7 +61,7 @@ class Arm(NamedTuple):
     teacher_rules: sharding.Rules = ((".*", "replicate"),)
     members: int = 0  # how many students, each with its share of every metric; 0 for a plain run
     first: Callable[[], Variables] | None = None  # makes the model at step 0; that of ``create`` without it
-    teacher_mesh: Mesh | None = None  # devices of the teachers' own, for stages in parts
+    teacher_mesh: Mesh | None = None  # devices of the teachers' own, who are a batch ahead
 
 
 class Every(NamedTuple):
@@ -120,14 +120,15 @@ def run(
     alone = programs is None  # else it is one of many, of which nobody wants to read a line each
     programs = {} if programs is None else programs
     last_step = arm.stages[-1].stop
-    trees = _trees(arm, mesh)
+    like = abstract_state(arm, mesh)
+    trees = _trees(arm, mesh, like)
     needs = {what: memory.per_device(tree) for what, tree in trees.items()}
     memory.check(arm.name, needs, mesh.local_devices[0])
     with contextlib.ExitStack() as stack:
         signals = stack.enter_context(Signals())
         watchdog = stack.enter_context(Watchdog(arm.name, clock, every.stall_s, every.exit_s))
         with clock.on("restore"):
-            current, done, before = _start(arm, mesh, checkpoints, meta, say)
+            current, done, before = _start(arm, mesh, like, checkpoints, meta, say)
             teachers = put_teachers(arm.teacher_variables, arm.teacher_mesh or mesh, arm.teacher_rules)
         trained = before
         log = stack.enter_context(Log(arm, every, writers, clock, checkpoints))
@@ -171,11 +172,11 @@ def run(
                     current, packed = step(current, next_batch, done + 1 == stage.stop)
                     done += 1
                     pending.append((done, packed))
-                    watchdog.moved(done)
+                    watchdog.step = done
                     # Read once: a signal that comes while this step is handled is the next one's, which then saves.
                     stopping = signals.stopping()
-                    evaluates = evaluate is not None and _due(done, every.evaluate, last_step)
-                    saves = checkpoints is not None and (_due(done, every.save, last_step) or stopping)
+                    evaluates = evaluate is not None and due(done, every.evaluate, last_step)
+                    saves = checkpoints is not None and (due(done, every.save, last_step) or stopping)
                     # NaN must never reach a checkpoint, so all that is in flight is read before a save.
                     bound = 0 if evaluates or saves or done == stage.stop or trace.ends_at(done) else MAX_IN_FLIGHT
                     while len(pending) > bound:
@@ -200,16 +201,16 @@ def run(
 
 def abstract_state(arm: Arm, mesh: Mesh) -> TrainState:
     """The shapes, dtypes and shardings of an arm's state, without any memory."""
-    return _placed(jax.eval_shape(arm.create, arm.keys), mesh, arm.rules, arm.members)
+    return sharding.placed(jax.eval_shape(arm.create, arm.keys), mesh, arm.rules, members=arm.members)
 
 
-def fresh_state(arm: Arm, mesh: Mesh) -> TrainState:
-    """An arm's state at step 0, born on its shardings.
+def fresh_state(arm: Arm, mesh: Mesh, like: TrainState | None = None) -> TrainState:
+    """An arm's state at step 0, born on its shardings: those of ``like``, its ``abstract_state``, where that is known.
 
     Raises:
       UserError: the weights that it is to begin with are not those of its model (names the first).
     """
-    shardings = jax.tree.map(lambda x: x.sharding, abstract_state(arm, mesh))
+    shardings = jax.tree.map(lambda x: x.sharding, like or abstract_state(arm, mesh))
     fresh = jax.jit(arm.create, out_shardings=shardings)(arm.keys)
     if arm.first is None:
         return fresh
@@ -227,11 +228,11 @@ def fresh_state(arm: Arm, mesh: Mesh) -> TrainState:
     )
 
 
-def _start(arm, mesh, checkpoints, meta, say) -> tuple[TrainState, int, float]:
+def _start(arm, mesh, like, checkpoints, meta, say) -> tuple[TrainState, int, float]:
     """``(state, steps done, seconds trained)``: of the newest checkpoint, or of step 0."""
-    restored = checkpoints.restore_newest(abstract_state(arm, mesh), say) if checkpoints else None
+    restored = checkpoints.restore_newest(like, say) if checkpoints else None
     if restored is None:
-        return fresh_state(arm, mesh), 0, 0.0
+        return fresh_state(arm, mesh, like), 0, 0.0
     current, saved = restored
     for name in meta:
         if saved.get(name) != meta[name]:
@@ -256,19 +257,18 @@ def _compiled(
 ) -> tuple[Advance, Program]:
     """How a stage goes from batch to batch, and its compiled step."""
     common = (current, teachers, batch, jax.device_put(stage.hparams, sharding.replicated(mesh)), programs)
-    if stage.parts is None:
+    if not stage.ahead:
         return advance.plain(stage.step, mesh, *common)
     if arm.teacher_mesh is None:
-        return advance.overlapped(stage.step, stage.parts, mesh, *common)
-    return advance.on_two_meshes(stage.step, stage.parts, mesh, arm.teacher_mesh, *common)
+        return advance.overlapped(stage.step, mesh, *common)
+    return advance.on_two_meshes(stage.step, mesh, arm.teacher_mesh, *common)
 
 
-def _trees(arm: Arm, mesh: Mesh) -> dict[str, Any]:
+def _trees(arm: Arm, mesh: Mesh, state: TrainState) -> dict[str, Any]:
     """The shapes and shardings of what an arm keeps on the devices of the student."""
-    state = abstract_state(arm, mesh)
     teachers = dict(arm.teacher_variables) if arm.teacher_mesh is None else {}
     return {
-        "teacher": _placed(teachers, mesh, arm.teacher_rules),
+        "teacher": sharding.placed(teachers, mesh, arm.teacher_rules),
         "student": {"params": state.params, "state": state.model_state, "average": state.ema},
         "optimiser": state.opt_state,
         "objective": state.learned,
@@ -279,12 +279,6 @@ def _temporary(compiled: Any) -> int:
     """The bytes of each device that a compiled step needs besides its arguments."""
     found = compiled.memory_analysis()
     return found.temp_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes
-
-
-def _placed(tree: Any, mesh: Mesh, rules: sharding.Rules, members: int = 0) -> Any:
-    """The shapes, dtypes and shardings of a tree of arrays or shapes."""
-    shardings = sharding.by_rules(tree, mesh, rules, members=members)
-    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings)
 
 
 def put_teachers(teacher_variables: Mapping[str, Variables], mesh: Mesh, rules: sharding.Rules) -> dict[str, Variables]:
@@ -301,7 +295,3 @@ def put_teachers(teacher_variables: Mapping[str, Variables], mesh: Mesh, rules: 
         return jax.device_put(np.asarray(jax.device_get(x)), sharding)
 
     return jax.tree.map(put, teacher_variables, shardings)
-
-
-def _due(done: int, every: int, last: int) -> bool:
-    return done == last or (every > 0 and done % every == 0)

@@ -9,8 +9,6 @@ from rich.text import Text
 
 from kdjax.errors import UserError, visible
 
-__all__ = ["inside", "markdown", "parse_json", "terminal", "visible"]
-
 
 def inside(folder: str | Path, name: object) -> Path:
     """The path of the file of a folder that a file from elsewhere, such as a manifest, calls ``name``.

@@ -19,7 +19,7 @@ from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
 from rich.text import Text
 
-from kdjax.errors import UserError
+from kdjax.errors import UserError, first_line
 from kdjax.untrusted import parse_json
 
 
@@ -223,7 +223,7 @@ class WandbWriter:
                 run.define_metric("step")
                 run.define_metric("*", step_metric="step")
             except Exception as error:  # it has dozens of its own kinds
-                reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+                reason = first_line(error)
                 remedy = "run `wandb login`, set WANDB_MODE=offline, or set log.wandb to ''"
                 raise UserError(f"W&B does not start ({reason}): {remedy}.") from error
         return self._runs[arm]

@@ -11,8 +11,7 @@ from tests.test_train import make_arm, run
 
 def placed(shapes, mesh, rules):
     tree = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in shapes.items()}
-    place = sharding.by_rules(tree, mesh, rules)
-    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, place)
+    return sharding.placed(tree, mesh, rules)
 
 
 def test_bytes_are_those_of_one_device():

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from kdjax import results
+from kdjax import memory, results
 from kdjax.errors import UserError
 
 SHA = "ab" * 32
@@ -204,4 +204,4 @@ def test_the_table_fits_a_terminal_and_shows_every_quantity(run):
 
 @pytest.mark.parametrize(("count", "text"), [(0, "0 B"), (1023, "1023 B"), (1536, "1.5 KiB"), (5 << 30, "5.0 GiB")])
 def test_bytes_text(count, text):
-    assert results.bytes_text(count) == text
+    assert memory.bytes_text(count) == text

@@ -23,7 +23,7 @@ from kdjax.errors import UserError
 from kdjax.model import Model, Outputs
 from kdjax.objective import make_objective
 from kdjax.recipes import distill as recipe
-from kdjax.step import make_parts, make_train_step
+from kdjax.step import make_train_step
 from kdjax.writers import JsonlWriter, read_jsonl
 from tests.helpers import digits, equal_trees, small, tiny_config
 
@@ -36,10 +36,9 @@ def make_arm(stops=(12,), batches=None, optimizer=None, ahead=False, teacher_mes
     stages = []
     for start, stop in itertools.pairwise((0, *stops)):
         objective = make_objective({"kl": {"weight": 0.9, "temperature": 4.0 + start}, "ce": {"weight": 0.1}})
-        made = (student, {"teacher": teacher}, objective, optimizer)
+        step = make_train_step(student, {"teacher": teacher}, objective, optimizer, **options)
         hparams = {k: np.float32(v) for k, v in objective.hparams.items()}
-        parts = make_parts(*made, **options) if ahead else None
-        stages.append(train.Stage(start, stop, make_train_step(*made, **options), hparams, objective, parts))
+        stages.append(train.Stage(start, stop, step, hparams, objective, ahead))
     return train.Arm(
         name="student",
         create=lambda keys: state.create_state(student, optimizer, keys.student),

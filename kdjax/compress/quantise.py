@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from kdjax.compress.weights import check_skip, is_decoder, is_stacked, weights_of
+from kdjax.compress.weights import check_skip, is_decoder, scale_axes, weights_of
 from kdjax.errors import UserError, unknown
 from kdjax.model import Array, Model, ModelState, Params, flatten_paths, path_name
 
@@ -169,20 +169,13 @@ def weights_bytes(params: Params, state: ModelState, rule: Rule | None = None) -
         if rule is None or path not in weights:
             total += 4 * leaf.size
             continue
-        scales = int(np.prod([leaf.shape[axis] for axis in _channels(path, leaf, params)]))
+        scales = int(np.prod([leaf.shape[axis] for axis in scale_axes(path, leaf, params)]))
         total += -(-leaf.size * BITS[rule["weights"]] // 8) + 4 * scales
     return total
 
 
-def _channels(path: str, weight: Any, params: Params) -> tuple[int, ...]:
-    """The axes that have a scale for each index: a table's rows, a kernel's outputs, those of each stacked layer."""
-    if path.endswith("embedding") or (is_decoder(params) and path == "head/kernel"):  # [vocabulary, width]
-        return (0,)
-    return (0, weight.ndim - 1) if is_stacked(path, params) else (weight.ndim - 1,)
-
-
 def _quantised(path: str, weight: Array, params: Params, rule: Rule) -> Any:
-    return _qwix().quantize(weight, _qtype(rule["weights"]), channelwise_axes=_channels(path, weight, params))
+    return _qwix().quantize(weight, _qtype(rule["weights"]), channelwise_axes=scale_axes(path, weight, params))
 
 
 def _qtype(kind: str) -> str:

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from rich.table import Table
 
+from kdjax import memory
 from kdjax import report_html as ui
 from kdjax import results as contract
 from kdjax.compress import quantise, sparsify
@@ -238,4 +239,4 @@ def _is_sparse(row: Mapping[str, Any]) -> bool:
 
 
 def _bytes(row: Mapping[str, Any]) -> str:
-    return contract.bytes_text(row["weights_bytes"])
+    return memory.bytes_text(row["weights_bytes"])

@@ -33,6 +33,13 @@ def is_stacked(path: str, params: Params) -> bool:
     return is_decoder(params) and path.startswith("blocks/")
 
 
+def scale_axes(path: str, weight: Any, params: Params) -> tuple[int, ...]:
+    """The axes that have a scale for each index: a table's rows, a kernel's outputs, those of each stacked layer."""
+    if path.endswith("embedding") or (is_decoder(params) and path == "head/kernel"):  # [vocabulary, width]
+        return (0,)
+    return (0, weight.ndim - 1) if is_stacked(path, params) else (weight.ndim - 1,)
+
+
 def check_skip(where: str, skip: Any, params: Params | None = None) -> None:
     """Raises a UserError where ``skip`` is no list of regexes, or, given parameters, one finds no weight or all are."""
     if isinstance(skip, str) or not isinstance(skip, Iterable):

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from kdjax.data import corrupt
-from kdjax.errors import UserError, unknown
+from kdjax.errors import UserError, first_line, unknown
 from kdjax.untrusted import parse_json
 
 UNLABELLED = -1
@@ -280,7 +280,7 @@ def prepared(name: str, data_dir: str | None) -> Any:
     except tfds.core.DatasetNotFoundError:
         raise UserError(f"unknown data set {name}: neither tensorflow-datasets nor {where} has {short!r}.") from None
     except Exception as error:  # its files of JSON are read here
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")[:160]
+        reason = first_line(error)[:160]
         raise UserError(f"data set {name} in {where} cannot be opened ({reason}); {_remedy(short)}.") from error
     # Asked first, since reading an absent data set would try to download it.
     if not builder.info.splits:
@@ -390,7 +390,7 @@ def decoded(source: Any, index: int, what: str) -> Any:
     try:
         return source[index]
     except Exception as error:  # of ArrayRecord, protocol buffers, TFDS or the decoder of pictures
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")[:160]
+        reason = first_line(error)[:160]
         raise UserError(
             f"example {index} of {what} ({place_of(source, index)}) cannot be decoded ({reason}): {REMEDY}."
         ) from error

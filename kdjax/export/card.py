@@ -6,6 +6,7 @@ Pure functions of facts; whatever a user wrote is escaped.
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from kdjax import memory
 from kdjax import results as contract
 from kdjax.untrusted import markdown as _text
 
@@ -78,7 +79,7 @@ def _model(about: Mapping[str, Any], model: Mapping[str, Any]) -> list[Sequence[
     rows = {
         "options": ", ".join(f"{key}={value}" for key, value in model["options"].items()) or "none",
         "parameters": f"{about['params']:,}",
-        "weights": f"{contract.bytes_text(about['weights_bytes'])} (file: {contract.bytes_text(about['file_bytes'])})",
+        "weights": f"{memory.bytes_text(about['weights_bytes'])} (file: {memory.bytes_text(about['file_bytes'])})",
         "opened by": f"{about['runtime'] or 'any reader of safetensors'}, as {about['model']}",
         "input": port(about["input"]),
         "output": port(about["output"]),

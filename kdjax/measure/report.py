@@ -15,8 +15,8 @@ from rich.table import Table
 from kdjax import report_html as ui
 from kdjax.measure import machine
 from kdjax.measure import results as contract
+from kdjax.memory import bytes_text
 from kdjax.report_plots import HEX, draw_svg
-from kdjax.results import bytes_text
 from kdjax.untrusted import terminal
 from kdjax.writers import write_atomic
 

@@ -15,8 +15,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from kdjax.errors import UserError, unknown
+from kdjax.errors import UserError, first_line, unknown
 
+SAID = 300  # characters of what a runtime says of an error, in ours
 Call = Callable[[np.ndarray], np.ndarray]
 Shape = tuple[str | int, ...]
 BATCH = "batch"
@@ -70,7 +71,7 @@ def open_model(path: Path, runtime: str, *, threads: int = 1) -> Runner:
     except UserError:
         raise
     except Exception as error:  # every runtime has errors of its own
-        raise UserError(f"{path} cannot be opened by {runtime}: {first_line(error)}.") from error
+        raise UserError(f"{path} cannot be opened by {runtime}: {first_line(error)[:SAID]}.") from error
     if runner.input_shape and runner.input_shape[0] == 1:
         return runner._replace(call=_one_by_one(runner.call))
     return runner
@@ -97,11 +98,6 @@ def require(runtime: str) -> None:
     module, package, install, _ = RUNTIMES[runtime]
     if importlib.util.find_spec(module.partition(".")[0]) is None:
         raise UserError(f"a model for {runtime} needs {package}: run pip install {install}.")
-
-
-def first_line(error: BaseException) -> str:
-    """What an error says, in one line."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")[:300]
 
 
 # ---------------------------------------------------------------------------------------------------- the runtimes

@@ -17,7 +17,7 @@ from typing import Any, TextIO
 
 import numpy as np
 
-from kdjax.errors import UserError, unknown
+from kdjax.errors import UserError, first_line, unknown
 from kdjax.measure import runtimes
 
 WARM_CALLS, WARM_LEAST, WARM_S = 20, 3, 2.0  # calls of a batch size before any is timed: 20, or as many as 2 s allow
@@ -164,8 +164,8 @@ def _telling(call: runtimes.Call, path: str, runtime: str) -> runtimes.Call:
         except Exception as error:
             raise UserError(
                 f"{path} cannot be run by {runtime} on {inputs.dtype} of shape {list(inputs.shape)} "
-                f"({runtimes.first_line(error)}): say how it wants its inputs, such as {Path(path).name}:nchw, or "
-                "export it for any size of a batch."
+                f"({first_line(error)[: runtimes.SAID]}): say how it wants its inputs, such as {Path(path).name}:nchw, "
+                "or export it for any size of a batch."
             ) from error
 
     return told

@@ -98,11 +98,14 @@ def split(bench: "Bench", steps: int) -> dict[str, float]:
     return {name: seconds / steps for name, seconds in taken.items()}
 
 
-def turns(measures: Mapping[str, Callable[[], float]], fewest: int, seconds: float) -> dict[str, list[float]]:
-    """What each of several measures says, round after round, each round beginning with the next one."""
+def turns(
+    measures: Mapping[str, Callable[[], float]], fewest: int, seconds: float, most: int = MOST
+) -> dict[str, list[float]]:
+    """What each of several measures says, round after round, each round beginning with the next one, so that none
+    profits from its place."""
     names, found = list(measures), {name: list[float]() for name in measures}
     began = time.perf_counter()
-    for number in range(MOST):
+    for number in range(most):
         if number >= fewest and time.perf_counter() - began > seconds:
             break
         shift = number % len(names)

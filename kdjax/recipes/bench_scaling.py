@@ -11,9 +11,9 @@ from kdjax import build, memory, train
 from kdjax import config as configs
 from kdjax.errors import UserError
 from kdjax.experiment import DISTILLED, Experiment
+from kdjax.memory import bytes_text
 from kdjax.model import flatten_paths
 from kdjax.recipes import bench_hlo, bench_process, bench_step, program
-from kdjax.results import bytes_text
 
 DEVICES = 8
 ONE_CHUNK = 2**30  # more tokens than any batch has
@@ -122,11 +122,7 @@ def _on(config: ConfigDict, axes: Mapping[str, int]) -> ConfigDict:
 
 def table(values: Mapping[str, Any]) -> Table:
     """A row per mesh, for people."""
-    header, rows = cells(values)
-    shown = Table(*header, caption=caption(values))
-    for row in rows:
-        shown.add_row(*row)
-    return shown
+    return bench_step.table_of(*cells(values), caption(values))
 
 
 def cells(values: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:

@@ -5,6 +5,7 @@ import statistics
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -250,22 +251,19 @@ def constant_and_input(bench: Bench, *, fewest: int = FEWEST, seconds: float | N
 
 
 def medians(calls: Mapping[str, Callable[[], Any]], fewest: int, seconds: float | None = None) -> dict[str, float]:
-    """The median seconds of each call, which take turns in a rotating order, so that none profits from its place."""
+    """The median seconds of each call, which take turns."""
     seconds = SECONDS if seconds is None else seconds
-    names = list(calls)
-    for name in names:  # compiled and in the caches before the first round counts
-        calls[name]()
-    times: dict[str, list[float]] = {name: [] for name in names}
-    began = time.perf_counter()
-    for number in range(MOST):
-        if number >= fewest and time.perf_counter() - began > seconds:
-            break
-        shift = number % len(names)
-        for name in names[shift:] + names[:shift]:
-            start = time.perf_counter()
-            calls[name]()
-            times[name].append(time.perf_counter() - start)
+    for call in calls.values():  # compiled and in the caches before the first round counts
+        call()
+    measures = {name: partial(_seconds, call) for name, call in calls.items()}
+    times = bench_host.turns(measures, fewest, seconds, MOST)
     return {name: statistics.median(taken) for name, taken in times.items()}
+
+
+def _seconds(call: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
 
 
 def _forward(
@@ -306,7 +304,7 @@ def prepare(config: ConfigDict) -> Bench:
     mesh = experiment.mesh
     teachers = fresh_teachers(experiment)
     experiment, arm = with_arm(experiment, teachers)
-    arm = arm._replace(teacher_mesh=None, stages=[stage._replace(parts=None) for stage in arm.stages])
+    arm = arm._replace(teacher_mesh=None, stages=[stage._replace(ahead=False) for stage in arm.stages])
     return Bench(
         experiment=experiment,
         arm=arm,
@@ -363,3 +361,11 @@ def shown(value: Any) -> str:
     if isinstance(value, int):
         return f"{value:,}"
     return ", ".join(map(shown, value)) if isinstance(value, list) else str(value)
+
+
+def table_of(header: list[str], rows: list[list[str]], caption: str) -> Table:
+    """Rows of cells as a table for people."""
+    shown = Table(*header, caption=caption)
+    for row in rows:
+        shown.add_row(*row)
+    return shown

@@ -164,11 +164,7 @@ def _with_term(config: ConfigDict, name: str = "", *, only: bool = False) -> Con
 
 def table(values: Mapping[str, Any]) -> Table:
     """The measurements for people."""
-    header, rows = cells(values)
-    shown = Table(*header, caption=caption(values))
-    for row in rows:
-        shown.add_row(*row)
-    return shown
+    return bench_step.table_of(*cells(values), caption(values))
 
 
 def cells(values: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:

@@ -18,7 +18,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from kdjax import build, checkpoint, metrics, results, train
+from kdjax import build, checkpoint, cluster, metrics, results, train
 from kdjax import config as configs
 from kdjax import experiment as experiments
 from kdjax.compare import report as compare_report
@@ -107,7 +107,7 @@ def run(
             found[name] = _method(study, name, own, trials)
         cells = _grid(study, experiment, grid) if grid else None
         whole = _results(study, experiment, found, trials, cells)
-        if jax.process_index() == 0:
+        if cluster.is_first():
             contract.write(Path(workdir) / "results.json", whole)
             compare_report.write_report(Path(workdir) / "report.html", whole)
     return whole
@@ -195,7 +195,7 @@ def _cell(
             every=every,
             checkpoints=checkpoints,
             meta=meta,
-            writers=[writer] if jax.process_index() == 0 else [],
+            writers=[writer] if cluster.is_first() else [],
             programs=programs,
             say=study.say,
         )

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from kdjax import build, checkpoint, metrics, sharding, train
+from kdjax import build, checkpoint, cluster, metrics, sharding, train
 from kdjax import config as configs
 from kdjax import experiment as experiments
 from kdjax import results as contract
@@ -82,7 +82,7 @@ def run(config: ConfigDict, workdir: Path, *, say: Say = print) -> dict[str, Any
             models={name: _described(held[name]) for name in starts},
             steps=rows,
         )
-        if jax.process_index() == 0:
+        if cluster.is_first():
             report.write(workdir / "compress.json", found)
             report.write_html(workdir / "compress.html", found, experiment.config.to_dict())
     return found
@@ -164,7 +164,7 @@ def _step(
         held = Held(made.spec, model, jax.device_get(trained.variables), score(model, trained.variables))
         row |= {"distilled": held.score, "updates": trained.steps}
         row["seconds"] = trained.steps * size / speed if speed else None
-    if jax.process_index() == 0:
+    if cluster.is_first():
         kept = {"name": step.name, "spec": made.spec, "steps": row["updates"]}
         (workdir / FOLDER).mkdir(exist_ok=True)
         write_atomic(workdir / FOLDER / f"{step.name}.json", json.dumps(kept, indent=2) + "\n")

@@ -10,7 +10,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from numpy.typing import NDArray
 
-from kdjax import checkpoint, sharding, train
+from kdjax import checkpoint, cluster, sharding, train
 from kdjax.data import pipeline
 from kdjax.errors import UserError
 from kdjax.experiment import MAIN, Experiment
@@ -52,7 +52,7 @@ def scores(
     digest = checkpoint.digest(teacher_variables[MAIN])
     size = len(experiment.student_train.labels)
     path = None if workdir is None else Path(workdir) / FILE
-    stored = _read(path, digest, size) if path and jax.process_index() == 0 else None
+    stored = _read(path, digest, size) if path and cluster.is_first() else None
     # All processes go the same way, whether they see the file of the first one or not.
     has_stored, found = multihost_utils.broadcast_one_to_all(
         (np.int32(stored is not None), np.zeros(size, np.float32) if stored is None else stored)
@@ -63,7 +63,7 @@ def scores(
     bad = np.flatnonzero(np.isnan(found))
     if bad.size:
         raise UserError(f"the teacher's scores of training example {bad[0]} are NaN: it cannot say how hard that is.")
-    if path and jax.process_index() == 0:
+    if path and cluster.is_first():
         _write(path, digest, found)
     return found
 

@@ -15,7 +15,7 @@ from typing import IO, Any
 import jax
 from ml_collections import ConfigDict
 
-from kdjax import build, checkpoint, cluster, results, train
+from kdjax import build, checkpoint, cluster, memory, train
 from kdjax import config as configs
 from kdjax import experiment as experiments
 from kdjax.errors import UserError, unknown
@@ -252,7 +252,7 @@ def _writers(config: ConfigDict, workdir: Path) -> Iterator[list[Any]]:
     """Where metrics go; one process writes for all."""
     with contextlib.ExitStack() as stack:
         opened: list[Any] = []
-        if jax.process_index() == 0:
+        if cluster.is_first():
             opened.append(stack.enter_context(JsonlWriter(workdir / "metrics.jsonl")))
             if config.log.tensorboard:
                 opened.append(TensorBoardWriter(workdir / "tensorboard"))
@@ -270,7 +270,7 @@ def _check_disk(experiment: Experiment, workdir: Path, arms: Sequence[str]) -> N
     needed = kept * sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(states))
     free = shutil.disk_usage(workdir).free
     if needed > free:
-        text = results.bytes_text
+        text = memory.bytes_text
         raise UserError(
             f"the checkpoints in {workdir} will need {text(needed)} and the disk has {text(free)} left: free some "
             "space, lower checkpoint.keep, or choose another --workdir."

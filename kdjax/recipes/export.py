@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from kdjax import checkpoint, results
+from kdjax import checkpoint, memory, results
 from kdjax import config as configs
 from kdjax import experiment as experiments
 from kdjax.compress import steps
@@ -413,7 +413,7 @@ def _teacher_logits(workdir: Path, loaded: Loaded, arm: str, say: Say) -> np.nda
 
 
 def _sentence(one: Artefact) -> str:
-    about, text = one.manifest, results.bytes_text
+    about, text = one.manifest, memory.bytes_text
     parity = about["parity"]
     size = f"{about['params']:,} parameters, weights {text(about['weights_bytes'])}, file {text(about['file_bytes'])}"
     if parity is None:

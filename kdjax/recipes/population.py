@@ -157,7 +157,7 @@ def run(
             "examples_per_s": done.examples_per_s,
             "members": [{"changes": change, **one} for change, one in zip(members.changes, scores, strict=True)],
         }
-        if jax.process_index() == 0:
+        if cluster.is_first():
             write_atomic(Path(workdir) / "population.json", json.dumps(found, indent=2, allow_nan=False) + "\n")
     return found
 
@@ -183,7 +183,7 @@ def _train(
         folder = workdir / "checkpoints" / NAME
         checkpoints = stack.enter_context(checkpoint.Checkpoints(folder, config.checkpoint.keep, False))
         writers = []
-        if jax.process_index() == 0:
+        if cluster.is_first():
             writers.append(stack.enter_context(JsonlWriter(workdir / "metrics.jsonl")))
         return train.run(
             arm,

@@ -36,11 +36,7 @@ def compile_stage(experiment: Experiment, arm: train.Arm, stage: train.Stage, ba
     """Compiles a stage's step for a global batch of any size, as training would; takes no device memory."""
     mesh = experiment.mesh
     state = train.abstract_state(arm, mesh)
-    raw = next(arm.batches(0))
-    batch = {
-        name: jax.ShapeDtypeStruct((batch_size, *value.shape[1:]), value.dtype, sharding=sharding.over_batch(mesh))
-        for name, value in raw.items()
-    }
+    batch = sharding.abstract_batch(next(arm.batches(0)), mesh, batch_size)
     whole = sharding.replicated(mesh)
     hparams = jax.tree.map(lambda x: jax.ShapeDtypeStruct(np.shape(x), x.dtype, sharding=whole), stage.hparams)
     shardings = jax.tree.map(lambda x: x.sharding, state)
@@ -76,8 +72,7 @@ def abstract_teachers(experiment: Experiment) -> dict[str, Variables]:
             floats = jax.eval_shape(experiments.model_of(experiment, name).init, jax.random.key(0))
             floats = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, config.train.dtype), floats)
             shapes[name] = jax.eval_shape(lambda x, name=name: experiments.stored(experiment, name, x), floats)
-    placed = sharding.by_rules(shapes, experiment.mesh, config.sharding.teacher)
-    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, placed)
+    return sharding.placed(shapes, experiment.mesh, config.sharding.teacher)
 
 
 def flops(compiled: Any) -> float:

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kdjax import checkpoint, objective, report, results, sharding, weighting
+from kdjax import checkpoint, cluster, objective, report, results, sharding, weighting
 from kdjax import experiment as experiments
 from kdjax.experiment import DISTILLED, MAIN, STUDENTS, Experiment
 from kdjax.model import Variables
@@ -56,7 +56,7 @@ def run(experiment: Experiment, workdir: Path, done: dict[str, Trained]) -> Outc
         if name != DISTILLED
     ]
     found = results.build(config_sha256=experiment.config_sha256, seed=config.seed, arms=arms, chain=chain)
-    if jax.process_index() == 0:
+    if cluster.is_first():
         results.write(Path(workdir) / "results.json", found)
         report.write(
             Path(workdir) / "report.html",

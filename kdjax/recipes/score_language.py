@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from kdjax import checkpoint, report_language, results, results_language, sharding, train
+from kdjax import checkpoint, cluster, report_language, results, results_language, sharding, train
 from kdjax import experiment as experiments
 from kdjax.experiment import MAIN, STUDENTS, Experiment
 from kdjax.model import Model, Variables, logits_of
@@ -36,13 +36,13 @@ def run(experiment: Experiment, workdir: Path, done: dict[str, Trained]) -> Outc
         prompt=dataset.prompt,
         signals=language.describe_cache(experiment.signals) if experiment.signals else None,
     )
-    if jax.process_index() == 0:
+    if cluster.is_first():
         history = read_jsonl(workdir / "metrics.jsonl")
         results.write(workdir / "results.json", found)
         report_language.write(workdir / "report.html", results=found, config=config.to_dict(), history=history)
     for name in STUDENTS:
         weights = sharding.to_host(done[name].variables)
-        if jax.process_index() == 0:
+        if cluster.is_first():
             language.hand_over(config, dataset, weights, workdir / "huggingface" / name)
     return Outcome(found, int(arms[MAIN]["test"]["tokens"]))
 

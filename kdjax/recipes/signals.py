@@ -18,7 +18,7 @@ from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 from rich.table import Table
 
-from kdjax import build, checkpoint, chunks, results, sharding, train
+from kdjax import build, checkpoint, chunks, cluster, memory, sharding, train
 from kdjax.data import cache, pipeline, signal_codec
 from kdjax.data.cache import Manifest, Summary
 from kdjax.errors import UserError, unknown
@@ -48,7 +48,7 @@ def run(config: ConfigDict, workdir: Path, *, say: Callable[[str], None] = print
         placed = train.put_teachers({MAIN: variables}, experiment.mesh, config.sharding.teacher)[MAIN]
         manifest = _manifest(experiment, variables, placed)
         _check_disk(manifest, workdir)
-        if jax.process_index() == 0:
+        if cluster.is_first():
             cache.prepare(folder, manifest)
         multihost_utils.sync_global_devices("the cache is prepared")
         _write(experiment, placed, folder, manifest, say)
@@ -218,7 +218,7 @@ def _check_disk(manifest: Manifest, workdir: Path) -> None:
     needed = per_token * manifest.positions * manifest.examples
     free = shutil.disk_usage(workdir).free
     if needed > free:
-        text = results.bytes_text
+        text = memory.bytes_text
         raise UserError(
             f"the cache in {workdir} may need {text(needed)} and the disk has {text(free)} left: lower cache.k or "
             "cache.samples, or choose another --workdir."
