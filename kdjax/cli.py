@@ -135,8 +135,9 @@ def bench(call: Call) -> None:
     """Measure the step, its input, compiling, resuming, many devices, and what distilling is worth over several seeds.
 
     Of a config: `bench step` times the compiled step against its parts, the host and the machine's own matrix products;
-    `bench input` the input pipeline alone, `bench compile` the compiler, `bench resume` saves and resumes, and `bench
-    scaling` compiles for more and more devices. `bench signals` times the step from a cache against the student alone,
+    `bench variants` against itself in other dtypes, with a stored teacher and with its teachers a batch ahead; `bench
+    input` the input pipeline alone, `bench compile` the compiler, `bench resume` saves and resumes, and `bench scaling`
+    compiles for more and more devices. `bench signals` times the step from a cache against the student alone,
     `bench taps` a feature term against the step without it, `bench population` students side by side against separate
     runs, and `bench loss` compares the memory of the loss over a large vocabulary, chunked, with the dense one.
 
@@ -145,6 +146,7 @@ def bench(call: Call) -> None:
 
     Example:
       kdjax bench step --json
+      kdjax bench variants --config configs/lm_bytes.py
       kdjax bench scaling --devices 16 --config configs/lm_bytes.py
       kdjax bench loss --json --tokens 8192 --vocab 131072
       kdjax bench seeds --seeds 5 --config configs/digits.py:labels10
@@ -155,7 +157,7 @@ def bench(call: Call) -> None:
     names = recipe.BENCHMARKS
     if len(call.words) != 1 or call.words[0] not in names:
         raise unknown("benchmark", " ".join(call.words), names)
-    given = {name: call.flags[name].value for name in ("seeds", "tokens", "vocab", "devices", "out")}
+    given = {name: call.flags[name].value for name in ("seconds", "seeds", "tokens", "vocab", "devices", "out")}
     recipe.run(
         call.words[0],
         call.config,
@@ -449,6 +451,7 @@ def _flags(verb: str) -> flags.FlagValues:
         default = {"population": 1, "compare": 5}.get(verb)  # each benchmark has its own
         define(flags.DEFINE_integer, "seeds", default, "how many seeds, or members of a population", lower_bound=1)
     if verb == "bench":
+        define(flags.DEFINE_float, "seconds", None, "of bench step and variants: of each comparison", lower_bound=0.0)
         define(flags.DEFINE_integer, "tokens", None, "of bench loss: the length of the sequence", lower_bound=1)
         define(flags.DEFINE_integer, "vocab", None, "of bench loss: the number of classes", lower_bound=2)
         define(flags.DEFINE_integer, "devices", None, "of bench scaling: the most devices", lower_bound=2)

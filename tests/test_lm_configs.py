@@ -31,6 +31,7 @@ from kdjax.recipes import program
 FOLDER = Path(__file__).parents[1] / "configs"
 VARIANTS = {
     "lm_qwen25_7b_1_5b": ("", "top_k"),
+    "lm_qwen25_1_5b_0_5b": ("", "fresh"),
     "lm_llama31_8b_1b": ("", "pruned"),
     "lm_qwen3_32b_8b": ("", "top_k"),
 }
@@ -65,6 +66,16 @@ PUBLISHED = {
         "Qwen2",
         **{"hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28, "num_attention_heads": 12},
         **{"num_key_value_heads": 2, "max_position_embeddings": 131072, "tie_word_embeddings": True},
+    ),
+    "Qwen2.5-1.5B-Instruct": qwen(
+        "Qwen2",
+        **{"hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28, "num_attention_heads": 12},
+        **{"num_key_value_heads": 2, "max_position_embeddings": 32768, "tie_word_embeddings": True},
+    ),
+    "Qwen2.5-0.5B": qwen(
+        "Qwen2",
+        **{"hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24, "num_attention_heads": 14},
+        **{"num_key_value_heads": 2, "max_position_embeddings": 32768, "tie_word_embeddings": True},
     ),
     "Llama-3.1-8B-Instruct": llama(
         8.0, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, tie_word_embeddings=False
@@ -192,6 +203,14 @@ def test_sizes_are_the_published_ones_and_every_kernel_is_split_over_all_devices
                 assert memory.per_device(leaf) * experiment.mesh.size == size(leaf), path
             else:
                 assert leaf.sharding.spec == PartitionSpec() and size(leaf) < 4e6, path
+
+
+def test_the_pair_for_one_gpu_has_the_published_sizes(models):
+    experiment = experiment_of(Case("lm_qwen25_1_5b_0_5b", 151665, 1.54, 0.494, 0), models)
+    _, state, teachers = abstract(experiment)
+    assert parameter_count(teachers) == pytest.approx(1.54e9, rel=0.01)
+    assert parameter_count(state.params) == pytest.approx(0.494e9, rel=0.01)
+    assert memory.per_device((teachers, state.params, state.opt_state)) < 10 * GB
 
 
 def test_products_are_split_over_outputs_and_then_over_inputs(models):

@@ -118,7 +118,7 @@ def shared_rows(teacher_rows: int, student_rows: int, tokenizer_size: int) -> in
     return tokenizer_size
 
 
-def write_byte_tokenizer(folder: str | Path) -> None:
+def write_byte_tokenizer(folder: str | Path, size: int = 257) -> None:
     """Writes the tokenizer ``bytes`` as ``transformers.AutoTokenizer`` and ``load`` read it: byte-level BPE, no merges.
 
     The ids are the same for every text that does not spell out ``<|endoftext|>``, which ``transformers`` takes for the
@@ -126,7 +126,11 @@ def write_byte_tokenizer(folder: str | Path) -> None:
 
     Args:
       folder: made where it does not exist; gets ``tokenizer.json`` and ``tokenizer_config.json``.
+      size: of the vocabulary; ids from 257 on are tokens that no text has, for benchmarks of a model of that many.
     """
+    # An added token that the model does not have itself would get the number after the model's last.
+    unused = {f"<|unused_{number}|>": number for number in range(257, size)}
+    unused |= {END_OF_TEXT: 256} if unused else {}
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
     end = {"id": 256, "content": END_OF_TEXT, "special": True}
     plain = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
@@ -148,7 +152,7 @@ def write_byte_tokenizer(folder: str | Path) -> None:
             "fuse_unk": False,
             "byte_fallback": False,
             "ignore_merges": False,
-            "vocab": {character: byte for byte, character in enumerate(_byte_characters())},
+            "vocab": {character: byte for byte, character in enumerate(_byte_characters())} | unused,
             "merges": [],
         },
     }

@@ -32,6 +32,7 @@ from kdjax.recipes import (
     bench_signals,
     bench_step,
     bench_taps,
+    bench_variants,
     distill,
 )
 from kdjax.statistics import mean_and_sd, mean_interval
@@ -53,8 +54,9 @@ class Found(NamedTuple):
 def run(name: str, config: ConfigDict, *, workdir: Path, json_output: bool = False, **sizes: Any) -> dict[str, Any]:
     """Runs the benchmark ``name`` of :data:`BENCHMARKS`, prints a table or one JSON object, and returns its values.
 
-    ``sizes`` are the benchmark's own: ``seeds`` (runs, or members of a population), ``tokens`` and ``vocab`` (of the
-    loss), ``devices`` (the most, of the scaling), ``out`` (the document of the report).
+    ``sizes`` are the benchmark's own: ``seconds`` (of each comparison of steps), ``seeds`` (runs, or members of a
+    population), ``tokens`` and ``vocab`` (of the loss), ``devices`` (the most, of the scaling), ``out`` (the document
+    of the report).
 
     Raises:
       UserError: an unknown name, a size that the benchmark does not have, or whatever is wrong with the config.
@@ -84,10 +86,24 @@ def _of(measure: Callable[[ConfigDict], dict[str, Any]], meaning: Mapping[str, s
     return benchmark
 
 
+def step(config: ConfigDict, workdir: Path, *, seconds: float = bench_step.SECONDS) -> Found:
+    """The step, each of whose comparisons takes ``seconds``; see ``bench_step.measure``. Leaves nothing in
+    ``workdir``."""
+    values = bench_step.measure(config, seconds)
+    return Found(values, bench_step.table(values, bench_step.MEANING))
+
+
 def scaling(config: ConfigDict, workdir: Path, *, devices: int = bench_scaling.DEVICES) -> Found:
     """One device of up to ``devices``; see ``bench_scaling.measure``. Leaves nothing in ``workdir``."""
     values = bench_scaling.measure(config, devices)
     return Found(values, bench_scaling.table(values))
+
+
+def variants(config: ConfigDict, workdir: Path, *, seconds: float = bench_variants.SECONDS) -> Found:
+    """Other dtypes, stored teachers, teachers a batch ahead; see ``bench_variants.measure``. Leaves nothing in
+    ``workdir``."""
+    values = bench_variants.measure(config, seconds)
+    return Found(values, bench_variants.table(values))
 
 
 def report(config: ConfigDict, workdir: Path, *, out: str = bench_report.DOCUMENT) -> Found:
@@ -308,11 +324,12 @@ def _write(path: Path, values: Mapping[str, Any]) -> None:
 
 
 BENCHMARKS: dict[str, Callable[..., Found]] = {
-    "step": _of(bench_step.measure, bench_step.MEANING),
+    "step": step,
     "input": _of(bench_input.measure, bench_input.MEANING),
     "compile": _of(bench_compile.measure, bench_compile.MEANING),
     "resume": _of(bench_resume.measure, bench_resume.MEANING),
     "scaling": scaling,
+    "variants": variants,
     "loss": loss,
     "signals": _of(bench_signals.measure, bench_signals.MEANING),
     "population": population,

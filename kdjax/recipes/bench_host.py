@@ -16,22 +16,21 @@ from kdjax.writers import JsonlWriter
 if TYPE_CHECKING:
     from kdjax.recipes.bench_step import Bench
 
-ROUND = 1.0  # seconds of a block of steps, of which there are at least 20 and at most 300
+ROUND = 1.0  # seconds of a block of steps
+FEWEST_STEPS, MOST_STEPS = 5, 300  # of a block
 ROUNDS, MOST = 7, 60
 PARTS = ("input", "put", "dispatch", "wait")
 
 
-def measure(bench: "Bench", seconds: float) -> dict[str, Any]:
+def measure(bench: "Bench", steps: int, seconds: float) -> dict[str, Any]:
     """The training loop against the device alone, and where the loop's time goes; milliseconds of a step.
 
     ``loop_ms`` is ``train.run`` itself, with its input, its logging to a file and its progress, without its start.
     ``device_ms`` is the same compiled step, call after call, on one batch that is on the device, so that all that the
-    host does is to call it. Both run in blocks that take turns. Their difference is the host's time that the device
-    waits for: what is hidden behind the device is not in it. On a CPU the host takes its time from the device's own
-    cores, and that is in it.
+    host does is to call it. Both run in blocks of ``steps`` that take turns. Their difference is the host's time that
+    the device waits for: what is hidden behind the device is not in it. On a CPU the host takes its time from the
+    device's own cores, and that is in it.
     """
-    step_s = device(bench, 20)
-    steps = min(max(round(ROUND / step_s), 20), 300)
     pairs = turns({"loop": lambda: loop(bench, steps), "device": lambda: device(bench, steps)}, ROUNDS, seconds)
     whole, alone = (statistics.median(pairs[name]) for name in ("loop", "device"))
     shares = [1.0 - own / all_of_it for all_of_it, own in zip(pairs["loop"], pairs["device"], strict=True)]
@@ -42,6 +41,12 @@ def measure(bench: "Bench", seconds: float) -> dict[str, Any]:
         "device_ms": 1e3 * alone,
         "split_ms": {name: 1e3 * taken for name, taken in split(bench, steps).items()},
     }
+
+
+def block(steps: Callable[[int], float]) -> int:
+    """How many steps take about as long as a round; ``steps(count)`` makes so many and says the seconds of one."""
+    steps(FEWEST_STEPS)
+    return min(max(round(ROUND / steps(FEWEST_STEPS)), FEWEST_STEPS), MOST_STEPS)
 
 
 def loop(bench: "Bench", steps: int) -> float:

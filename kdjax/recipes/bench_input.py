@@ -13,9 +13,10 @@ from kdjax import build, sharding, train
 from kdjax.data import pipeline
 from kdjax.experiment import ALONE
 from kdjax.recipes import bench_host, bench_limits, bench_step
-from kdjax.recipes.bench_step import BLOCK, Bench
+from kdjax.recipes.bench_step import Bench
 
 ROUNDS = 7
+BLOCK = 20  # batches that are timed as one
 MEANING = {
     "examples_per_s": "that the host makes, by source: the distilled student's, and where they differ the student's "
     "alone and those of an evaluation",

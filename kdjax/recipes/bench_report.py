@@ -27,6 +27,7 @@ from kdjax.recipes import (
     bench_scaling,
     bench_step,
     bench_taps,
+    bench_variants,
 )
 from kdjax.writers import write_atomic
 
@@ -88,10 +89,11 @@ def measure(config: ConfigDict, workdir: Path, out: str = DOCUMENT) -> dict[str,
 
 def sections(data_dir: str) -> dict[str, Section]:
     """Every table by its name in the document."""
+    language = {"language (lm_bytes)": ["--config", "configs/lm_bytes.py"]}
     all_of_them = {
         "digits": [],
         "Fashion-MNIST": ["--config", "configs/fashion_mnist.py", f"--config.data.data_dir={data_dir}"],
-        "language (lm_bytes)": ["--config", "configs/lm_bytes.py"],
+        **language,
     }
     synthetic = ["--config.data.name=synthetic", "--config.data.options={'shape':(28,28,1)}"]
     taps = {"digits": [], "28 x 28 x 1": ["--config", "configs/fashion_mnist.py", *synthetic]}
@@ -103,6 +105,7 @@ def sections(data_dir: str) -> dict[str, Section]:
         "input": Section("input", all_of_them, by_meaning(bench_input.MEANING)),
         "compile": Section("compile", all_of_them, by_meaning(bench_compile.MEANING)),
         "resume": Section("resume", all_of_them, by_meaning(bench_resume.MEANING)),
+        "variants": Section("variants", language, _one_by_one(bench_variants.cells, bench_variants.caption)),
         "scaling": Section("scaling", all_of_them, _one_by_one(bench_scaling.cells, bench_scaling.caption)),
         "loss": Section("loss", {"4,096 tokens, 32,768 classes": []}, by_meaning(bench_loss.MEANING)),
         "population": Section("population", {"digits, 16 members": crowd}, by_meaning(bench_population.MEANING)),

@@ -1,6 +1,7 @@
 """``kdjax bench scaling``: what one of n devices computes, keeps and says to the others, as compiled."""
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import jax
@@ -107,7 +108,8 @@ def parameters(experiment: Experiment, arm: train.Arm) -> tuple[dict[str, tuple[
 def _seconds(config: ConfigDict) -> float:
     from kdjax.recipes import bench_host
 
-    return bench_host.device(bench_step.prepare(config), 4 * bench_step.BLOCK)
+    bench = bench_step.prepare(config)
+    return bench_host.device(bench, bench_host.block(partial(bench_host.device, bench)))
 
 
 def _on(config: ConfigDict, axes: Mapping[str, int]) -> ConfigDict:

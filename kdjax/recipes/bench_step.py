@@ -24,8 +24,7 @@ from kdjax.recipes import bench_host, bench_limits, difficulty, program
 from kdjax.state import TrainState, inference_variables
 
 SECONDS = 20.0  # of each timed comparison, unless the fewest rounds take longer
-FEWEST, MOST = 15, 300  # rounds
-BLOCK = 20  # steps of a run that are timed as one
+FEWEST, MOST = 7, 300  # rounds
 STEPS = 20  # of each stage, in the run whose compilations are counted: more than can be in flight
 COMPILED = "/jax/core/compile/backend_compile_duration"
 ENVIRONMENT = {  # what each key of environment() is
@@ -50,6 +49,8 @@ MEANING = {
     "peak_gflops_per_s": "that best, of all devices of the mesh, by dtype",
     "bytes_over_minimum": "compiled bytes accessed / (state read and written, teachers and batch read), on one device",
     "temp_bytes": "intermediate values of the step on one device, bytes",
+    "step_bytes": "all that the step needs at once on one device, as compiled",
+    "peak_bytes": "that one device had in use at most, from making the weights to the first steps, where it says so",
     "host_share": "of a step of the training loop: host time that the device waits for (goal: 0.01 of a 20 ms step)",
     "host_share_range": "lowest, highest round",
     "loop_ms": "step of the training loop itself, its input, progress and logging in it",
@@ -84,10 +85,11 @@ class Bench(NamedTuple):
         return train.fresh_state(self.arm, self.experiment.mesh)
 
 
-def measure(config: ConfigDict) -> dict[str, Any]:
+def measure(config: ConfigDict, seconds: float) -> dict[str, Any]:
     """The first stage's step against its parts, its FLOPs, its compilations and transfers, and the input pipeline.
 
-    Weights are fresh: their values change no time. Gradient accumulation is switched off. Takes about two minutes.
+    Weights are fresh: their values change no time. Gradient accumulation is switched off. Takes about two minutes, of
+    which each of three comparisons takes ``seconds``, unless its fewest rounds take longer.
 
     Raises:
       UserError: a cache stands for the teacher.
@@ -98,10 +100,12 @@ def measure(config: ConfigDict) -> dict[str, Any]:
         raise UserError(
             "kdjax bench step compares with the teacher, which teacher.cache stands for: use bench signals."
         )
-    times = fused_and_parts(bench)
+    steps = bench_host.block(partial(bench_host.device, bench))
+    peak_bytes = (experiment.mesh.local_devices[0].memory_stats() or {}).get("peak_bytes_in_use")
+    host = bench_host.measure(bench, steps, seconds)
+    constant_s, input_s = constant_and_input(bench, steps, seconds=seconds)
+    times = fused_and_parts(bench, seconds=seconds)
     compiles, transfers, complaint = compiles_and_transfers(arm, experiment.mesh)
-    constant_s, input_s = constant_and_input(bench)
-    host = bench_host.measure(bench, SECONDS)
     fresh = {"student": inference_variables(bench.state())}
     minimum, products_minimum = (
         count(bench, experiment.teachers, bench.teachers) + 3 * count(bench, {"student": experiment.distilled}, fresh)
@@ -122,6 +126,7 @@ def measure(config: ConfigDict) -> dict[str, Any]:
         **host,
         "input_over_constant": input_s / constant_s,
         "temp_bytes": bench.program.temp_bytes,
+        "step_bytes": bench.program.bytes,
         "fused_ms": times["fused"] * 1e3,
         "teacher_forward_ms": times["teacher"] * 1e3,
         "student_update_ms": times["student"] * 1e3,
@@ -137,6 +142,8 @@ def measure(config: ConfigDict) -> dict[str, Any]:
     }
     if "tokens" in bench.batch:
         values["tokens_per_s"] = arm.batch_size * experiment.dataset.context / input_s
+    if peak_bytes:
+        values["peak_bytes"] = peak_bytes
     if complaint:
         values["host_transfer"] = complaint
     return values
@@ -219,10 +226,12 @@ def compiles_and_transfers(arm: train.Arm, mesh: Mesh, steps: int = STEPS) -> tu
     return (len(names) - first) / len(short), int(bool(complaint)), complaint
 
 
-def constant_and_input(bench: Bench, *, fewest: int = FEWEST, seconds: float | None = None) -> tuple[float, float]:
+def constant_and_input(
+    bench: Bench, steps: int, *, fewest: int = FEWEST, seconds: float | None = None
+) -> tuple[float, float]:
     """Median seconds per step on one batch that stays on the devices, and with the real input pipeline.
 
-    Blocks of steps take turns. Within a block the loop is that of training: a bounded number of steps in flight,
+    Blocks of ``steps`` take turns. Within a block the loop is that of training: a bounded number of steps in flight,
     metrics fetched late.
     """
     mesh = bench.experiment.mesh
@@ -232,7 +241,7 @@ def constant_and_input(bench: Bench, *, fewest: int = FEWEST, seconds: float | N
     def block(next_batch: Callable[[], dict[str, Array]]) -> None:
         nonlocal current
         pending: deque[Array] = deque()
-        for _ in range(BLOCK):
+        for _ in range(steps):
             current, packed = bench.program.compiled(current, bench.teachers, next_batch(), bench.hparams)
             pending.append(packed)
             while len(pending) > train.MAX_IN_FLIGHT:
@@ -247,7 +256,7 @@ def constant_and_input(bench: Bench, *, fewest: int = FEWEST, seconds: float | N
         fewest,
         seconds,
     )
-    return found["constant"] / BLOCK, found["input"] / BLOCK
+    return found["constant"] / steps, found["input"] / steps
 
 
 def medians(calls: Mapping[str, Callable[[], Any]], fewest: int, seconds: float | None = None) -> dict[str, float]:

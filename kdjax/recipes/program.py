@@ -15,6 +15,9 @@ from kdjax.experiment import Experiment
 from kdjax.model import Variables
 from kdjax.tasks import language
 
+# What JAX calls cuDNN's attention -> how many products it stands for.
+_ATTENTION = {"dot_product_attention_fwd_wrapper": 2, "dot_product_attention_bwd_wrapper": 4}
+
 
 class Program(NamedTuple):
     """A compiled step as its compiler describes it; bytes are those of one device."""
@@ -91,8 +94,8 @@ def products(function: Callable, *args: Any) -> float:
 
     Counted in the traced program, the body of a loop as often as it runs, so that a decoder's layers and the chunks of
     its loss all count. A product of [m, k] and [k, n] is 2 m k n; a convolution counts what meets an element of its
-    input, not padding, as XLA does. All other operations are left out, and so is a kernel of another library, such as
-    cuDNN's attention; of a branch the longer one counts.
+    input, not padding, as XLA does. cuDNN's attention counts as the products that it stands for, two forward and four
+    back, all pairs of tokens in them. All other operations are left out; of a branch the longer one counts.
     """
     return _products(jax.make_jaxpr(function)(*args).jaxpr)
 
@@ -108,6 +111,9 @@ def _products(jaxpr: Jaxpr) -> float:
             total += 2.0 * math.prod(shape(equation.outvars)) * shared
         elif name == "conv_general_dilated":
             total += _convolution(equation)
+        elif name in _ATTENTION:
+            (batch, queries, heads, width), keys = shape(equation.invars), shape(equation.invars[1:])[1]
+            total += _ATTENTION[name] * 2.0 * batch * heads * queries * keys * width
         elif inner := [_products(one) for one in _inner(params)]:
             times = params["length"] if name == "scan" else params["mesh"].size if name == "shard_map" else 1
             total += times * (max(inner) if name == "cond" else sum(inner))

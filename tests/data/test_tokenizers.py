@@ -59,6 +59,14 @@ def test_bytes_are_the_ids():
     assert sorted(tokenizer.vocabulary.values()) == list(range(257))
 
 
+def test_a_larger_vocabulary_has_tokens_that_no_text_has(tmp_path):
+    tokenizers.write_byte_tokenizer(tmp_path, 1000)
+    tokenizer = tokenizers.load(tmp_path)
+    assert tokenizer.size == 1000 and sorted(tokenizer.vocabulary.values()) == list(range(1000))
+    for text in TEXTS:
+        assert tokenizer.encode(text)[0].tolist() == list(text.encode())
+
+
 def test_bytes_need_no_package(tmp_path):
     code = (
         "import sys; sys.modules['tokenizers'] = None\n"

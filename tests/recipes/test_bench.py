@@ -29,15 +29,14 @@ def prepared():
 
 
 def test_step_prints_one_json_object_with_the_promised_keys(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(bench_step, "SECONDS", 0.2)
     monkeypatch.setattr(bench_host, "ROUNDS", 1)
     monkeypatch.setattr(bench_host, "ROUND", 0.0)
     monkeypatch.setattr(bench_limits, "SIZES", (64,))
-    bench.run("step", _config(), workdir=tmp_path, json_output=True)
+    bench.run("step", _config(), workdir=tmp_path, json_output=True, seconds=0.0)
     found = json.loads(capsys.readouterr().out)
     promised = "fused_over_parts flops_over_minimum compiles host_transfers input_over_constant temp_bytes device jax"
     assert set(promised.split()) <= set(found)
-    assert set(bench_step.MEANING) - {"tokens_per_s"} <= set(found)
+    assert set(bench_step.MEANING) - {"tokens_per_s", "peak_bytes"} <= set(found)  # a CPU does not say its peak
     assert found["compiles"] == 1 and found["host_transfers"] == 0
     assert found["temp_bytes"] > 0 and found["batch_size"] == 64
     assert all(found[key] > 0 for key in found if key.endswith("_ms") and key != "split_ms")
@@ -108,7 +107,7 @@ def test_a_slow_input_pipeline_shows(prepared):
             yield batch
 
     slowed = prepared._replace(arm=prepared.arm._replace(batches=slow))
-    constant, real = bench_step.constant_and_input(slowed, fewest=2, seconds=0.0)
+    constant, real = bench_step.constant_and_input(slowed, 20, fewest=2, seconds=0.0)
     assert real > 0.03 and real > 1.3 * constant
 
 

@@ -68,3 +68,17 @@ def test_the_fewest_bytes_are_those_of_one_device():
 
 def test_the_peak_is_a_rate_of_all_devices():
     assert bench_limits.peak(sharding.make_mesh({"data": 2}), "bfloat16", (32, 64)) > 0.0
+
+
+def test_cudnns_attention_counts_as_the_products_that_it_stands_for(monkeypatch):
+    from jax._src.cudnn import fused_attention_stablehlo as cudnn
+
+    monkeypatch.setattr(cudnn, "check_cudnn_version", lambda: 91400)  # it is traced and never run
+    q, k = (jax.ShapeDtypeStruct((2, 64, heads, 32), jnp.bfloat16) for heads in (4, 2))
+
+    def counts(implementation):
+        attend = lambda q, k, v: jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation=implementation)
+        loss = lambda q, k, v: attend(q, k, v).astype(jnp.float32).sum()
+        return program.products(loss, q, k, k), program.products(jax.grad(loss, (0, 1, 2)), q, k, k)
+
+    assert counts("cudnn") == counts("xla") == (4 * 2 * 4 * 64 * 64 * 32, 12 * 2 * 4 * 64 * 64 * 32)

@@ -35,7 +35,8 @@ def test_checkpoints_weigh_the_same_whatever_the_teacher(prepared, tmp_path):
     found = bench_resume.sizes(prepared, tmp_path)
     params = 64 * 8 + 8 + 80 + 10
     assert found["teacher_params"] == {"own": 64 * 256 + 256 + 256 * 257 + 2570, "small": params}
-    assert found["checkpoint_over_small_teacher"] == pytest.approx(1.0, abs=0.01)
+    # Orbax splits a tree's description into more or fewer nodes as time goes by, some hundred bytes of these few.
+    assert found["checkpoint_over_small_teacher"] == pytest.approx(1.0, abs=0.2)
     keys = 2 * np.asarray(jax.random.key_data(jax.random.key(0))).nbytes
     assert 3 * 4 * params <= found["state_bytes"] - keys < 3 * 4 * params + 100  # and counters
     assert found["checkpoint_bytes"] < 4 * 20 * (64 * 256 + 256 + 256 * 257)  # far from holding the teacher
