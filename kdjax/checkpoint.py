@@ -10,6 +10,7 @@ import functools
 import hashlib
 import logging
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
 
-from kdjax import cluster, sharding
+from kdjax import cluster, memory, sharding
 from kdjax.errors import UserError, first_line
 from kdjax.model import Variables, first_mismatch, flatten_paths
 from kdjax.state import TrainState, inference_variables
@@ -32,6 +33,7 @@ logging.getLogger("absl").setLevel(logging.CRITICAL)
 # Orbax measures its time limits with the machine's clock, whose jump would fail a save. A save that hangs is the
 # watchdog's to notice.
 _NEVER_S = 10**9
+_MOST_OF_A_DEVICE = 0.95  # that may be full with a copy of the state: the rest is for what lies between arrays
 
 
 class Checkpoints:
@@ -39,6 +41,8 @@ class Checkpoints:
 
     def __init__(self, folder: Path, keep: int = 2, keep_best: bool = True):
         self.folder = Path(folder).absolute()
+        self._writer = ThreadPoolExecutor(1, "checkpoint")
+        self._writing: Future[None] | None = None
         kept = [policies.LatestN(max(keep, 1))]
         if keep_best:
             kept.append(policies.BestN(get_metric_fn=lambda metrics: metrics["eval_accuracy"], n=1))
@@ -63,31 +67,57 @@ class Checkpoints:
         return self
 
     def __exit__(self, *_: Any) -> None:
-        with _as_user_error(self.folder):
-            self._manager.close()
+        try:
+            self.wait()
+        finally:
+            self._writer.shutdown()
+            with _as_user_error(self.folder):
+                self._manager.close()
 
     def save(self, step: int, state: TrainState, meta: dict[str, Any], eval_accuracy: float | None) -> None:
-        """Starts saving; returns once the arrays are copied, so that the state may be donated."""
+        """Starts saving; returns once the state is copied or its copy is under way, so that it may be donated.
+
+        One process copies on its devices, where these have room for it, and all else is done in the background, also
+        Orbax's own copy to the host. A save that fails says so at the next call. Several processes keep in step, so
+        each waits for the checksums and for that copy.
+        """
+        self._settle()
         model, train = _items(state)
-        meta = {**meta, "step": step, "checksums": _digests({"model": model, "train": train})}
-        metrics = None if eval_accuracy is None else {"eval_accuracy": eval_accuracy}
-        with _as_user_error(self.folder):
-            self._manager.save(
-                step,
-                args=ocp.args.Composite(
-                    model=ocp.args.StandardSave(model), train=ocp.args.StandardSave(train), meta=ocp.args.JsonSave(meta)
-                ),
-                metrics=metrics,
-            )
+        items = {"model": model, "train": train}
+        in_background = jax.process_count() == 1 and _has_room(items)
+        if in_background:
+            items = _copied(items)
+        checksums = _begin_checksums(items)
+
+        def write() -> None:
+            whole = {**meta, "step": step, "checksums": _said(checksums)}
+            arrays = {name: ocp.args.StandardSave(item) for name, item in items.items()}
+            metrics = None if eval_accuracy is None else {"eval_accuracy": eval_accuracy}
+            self._manager.save(step, args=ocp.args.Composite(**arrays, meta=ocp.args.JsonSave(whole)), metrics=metrics)
+
+        if in_background:
+            self._writing = self._writer.submit(write)
+        else:
+            with _as_user_error(self.folder):
+                write()
 
     def latest_step(self) -> int | None:
         """The newest step that was saved whole."""
+        self._settle()
         return self._manager.latest_step()
 
     def wait(self) -> None:
         """Blocks until what was saved is on disk."""
+        self._settle()
         with _as_user_error(self.folder):
             self._manager.wait_until_finished()
+
+    def _settle(self) -> None:
+        """Until the manager has what it was last given: no two threads may call it at once."""
+        writing, self._writing = self._writing, None
+        if writing:
+            with _as_user_error(self.folder):
+                writing.result()
 
     def restore_newest(self, like: TrainState, say: Callable[[str], None]) -> tuple[TrainState, dict[str, Any]] | None:
         """The newest undamaged checkpoint, onto the shardings of ``like`` (shapes will do); ``None`` if there is none.
@@ -218,11 +248,44 @@ def _state(model: Variables, train: dict[str, Any]) -> TrainState:
 
 def _digests(tree: Any) -> dict[str, int]:
     """The checksum of each array by its path, the same in every process."""
+    return _said(_begin_checksums(tree))
+
+
+def _begin_checksums(tree: Any) -> dict[str, jax.Array]:
+    """The same, on the devices, which may still be at it."""
     flat = flatten_paths(tree)
     on_meshes = [x.sharding for x in flat.values() if isinstance(x.sharding, jax.sharding.NamedSharding)]
     # On every device, since no process can read what lies with others alone.
     everywhere = jax.sharding.NamedSharding(on_meshes[0].mesh, jax.P()) if on_meshes else None
-    return {path: int(x) for path, x in jax.device_get(_checksums(everywhere)(flat)).items()}
+    return _checksums(everywhere)(flat)
+
+
+def _said(checksums: dict[str, jax.Array]) -> dict[str, int]:
+    return {path: int(x) for path, x in jax.device_get(checksums).items()}
+
+
+def _has_room(tree: Any) -> bool:
+    """Whether the devices can hold a copy of a tree besides all that they had to hold at once so far; the host of a CPU
+    always can."""
+    stats = _stats(tree)
+    if not {"bytes_limit", "peak_bytes_in_use"} <= stats.keys():
+        return True
+    return stats["peak_bytes_in_use"] + memory.per_device(tree) < _MOST_OF_A_DEVICE * stats["bytes_limit"]
+
+
+def _stats(tree: Any) -> dict[str, int]:
+    return next(iter(jax.tree.leaves(tree)[0].devices())).memory_stats() or {}
+
+
+def _copied(tree: Any) -> Any:
+    """A copy of each array where it lies, under way: what is donated after it is overwritten after it."""
+    leaves, structure = jax.tree.flatten(tree)
+    return jax.tree.unflatten(structure, _copies(tuple(x.sharding for x in leaves))(leaves))
+
+
+@functools.cache
+def _copies(shardings: tuple[Any, ...]) -> Callable[[Any], Any]:
+    return jax.jit(lambda leaves: [jnp.copy(x) for x in leaves], out_shardings=list(shardings))
 
 
 @functools.cache

@@ -59,10 +59,24 @@ first=""  # the code of the first process that ended badly
 stopped=0 # 128 + the signal, where a signal came before that
 deadline=""
 
+signal="" # the last that came
+told=()   # 1 for each process that it was passed on to
+
+tell() { # those that were not told yet: one may have begun while the signal came
+  local i
+  for i in ${pids[@]+"${!pids[@]}"}; do
+    [[ -z ${told[i]:-} ]] || continue
+    told[i]=1
+    kill -s "$signal" "${pids[i]}" 2>/dev/null
+  done
+}
+
 # shellcheck disable=SC2329 # the traps call it
 forward() { # signal
   [[ -n $first ]] || stopped=$((128 + $(kill -l "$1")))
-  for pid in ${pids[@]+"${pids[@]}"}; do kill -s "$1" "$pid" 2>/dev/null; done
+  signal=$1
+  told=()
+  tell
 }
 trap 'forward TERM' TERM HUP
 trap 'forward INT' INT
@@ -91,6 +105,7 @@ for ((i = 0; i < count; i++)); do
   fi
   pids[i]=$!
   groups[i]=$!
+  [[ -z $signal ]] || tell
 done
 
 ended() { # process I, its status

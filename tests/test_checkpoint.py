@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 
-from kdjax import sharding, state
+from kdjax import checkpoint, sharding, state
 from kdjax.checkpoint import Checkpoints, digest, load_model
 from kdjax.errors import UserError
 from kdjax.model import flatten_paths
@@ -54,6 +54,30 @@ def test_round_trip_is_bit_for_bit_also_onto_another_mesh(tmp_path, ema):
         assert equal_trees(restored, make_state(3, ema=ema))
         assert (meta["step"], meta["note"]) == (3, 3)
         assert restored.params["hidden"]["kernel"].sharding == like.params["hidden"]["kernel"].sharding
+
+
+def test_what_is_saved_is_the_state_of_that_moment(tmp_path):
+    """The step donates it, and overwrites it, while it is still being written."""
+    overwrite = jax.jit(
+        lambda state: jax.tree.map(lambda x: x + 1 if x.dtype == jnp.float32 else x, state), donate_argnums=0
+    )
+    current = jax.tree.map(jnp.copy, make_state(3))
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(3, current, {}, None)
+        for _ in range(20):
+            current = overwrite(current)
+    restored, _ = restore(tmp_path, make_state(99), [])
+    assert equal_trees(restored, make_state(3))
+
+
+@pytest.mark.parametrize(("limit", "in_background"), [(10**9, True), (10**3, False)])
+def test_a_device_without_room_for_a_copy_is_waited_for(tmp_path, monkeypatch, limit, in_background):
+    memory = {"bytes_limit": limit, "peak_bytes_in_use": 100}
+    monkeypatch.setattr(checkpoint, "_stats", lambda tree: memory)
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(3, make_state(3), {}, None)
+        assert (checkpoints._writing is not None) == in_background
+    assert equal_trees(restore(tmp_path, make_state(99), [])[0], make_state(3))
 
 
 def test_keeps_the_newest_and_the_best(tmp_path):

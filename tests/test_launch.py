@@ -183,6 +183,15 @@ def test_local_passes_a_signal_on_and_keeps_its_code(stub, number):
     assert not any(alive(pid) for pid in pids)
 
 
+def test_a_signal_while_processes_begin_reaches_all_of_them(stub):
+    start, note = stub
+    process = start("run", "run", "run")
+    note(0)  # the others may not have begun
+    process.terminate()
+    process.communicate(timeout=30)
+    assert process.returncode == 143
+
+
 def test_local_killed_takes_its_processes_along(stub):
     if subprocess.run(["setpriv", "--pdeathsig", "TERM", "true"], capture_output=True).returncode:
         pytest.skip("setpriv of util-linux is not installed")
