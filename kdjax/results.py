@@ -73,7 +73,7 @@ def environment() -> dict[str, Any]:
         "device_kind": device.device_kind,
         "device_count": jax.device_count(),
         "process_count": jax.process_count(),
-        "commit": _commit(),
+        "commit": commit(),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
 
@@ -391,7 +391,7 @@ def _cpu_model() -> str:
     return platform.processor() or platform.machine() or "unknown"
 
 
-def _commit() -> str | None:
+def commit() -> str | None:
     """The commit of the checkout that kdjax runs from ("-dirty" if changed since); None outside of one."""
     root = Path(__file__).resolve().parents[1]
     if not (root / ".git").exists():  # a package in site-packages below somebody else's repository is not a checkout

@@ -61,6 +61,7 @@ def measure(config: ConfigDict, workdir: Path, out: str = DOCUMENT) -> dict[str,
     wanted = {name: section for name, section in wanted.items() if name in places}
     workdir.mkdir(parents=True, exist_ok=True)
     busy = machine.busy_now(None)
+    commit = results.commit()  # before the document is changed, which may be in the checkout
     number, last, missing = 0, sum(len(section.columns) for section in wanted.values()), []
     for name, section in wanted.items():
         found: dict[str, dict[str, Any] | str] = {}
@@ -74,7 +75,7 @@ def measure(config: ConfigDict, workdir: Path, out: str = DOCUMENT) -> dict[str,
                 label = re.sub(r"\W+", "-", column).lower()
                 write_atomic(workdir / f"{name}-{label}.json", json.dumps(found[column], indent=2) + "\n")
         put(document, {name: section.write(found)})
-    environment = results.environment()
+    environment = results.environment() | {"commit": commit}
     if MACHINE in places:
         put(document, {MACHINE: about(environment, busy)})
     return {
