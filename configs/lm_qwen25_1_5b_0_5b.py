@@ -4,8 +4,8 @@
         --config.teacher.init=MODELS/Qwen2.5-1.5B-Instruct --config.student.init=MODELS/Qwen2.5-0.5B \\
         --config.data.tokenizer=MODELS/Qwen2.5-0.5B
 
-MODELS and DATA are as in ``lm_qwen25_7b_1_5b.py``, and so are losses and optimiser; both tables of embeddings have 151,936
-rows here.
+MODELS and DATA are as in ``lm_qwen25_7b_1_5b.py``, and so are losses and optimiser; both tables of embeddings have
+151,936 rows here.
 
 Measured: not measured. Weights and moments take 9.1 GB: teacher 3.1 (bfloat16), student 2.0 and AdamW's moments 4.0
 (float32); a step is 1.1e14 FLOPs of matrix products, for 16,384 tokens.
