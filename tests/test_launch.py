@@ -61,7 +61,10 @@ def stub(tmp_path):
             **environment,
         }
         command = [str(LAUNCH / "local.sh"), str(len(plan)), "distill", "--config.name=a b"]
-        return subprocess.Popen(command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        # A shell cannot trap what was ignored when it began, as SIGINT is where the tests run in the background.
+        heed = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        return subprocess.Popen(command, env=environment, text=True, preexec_fn=heed, **pipes)
 
     def note(who):
         file = tmp_path / f"{who}.json"
